@@ -1,0 +1,1 @@
+"""The hospital's agent, called site in the words of the product."""

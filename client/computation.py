@@ -1,0 +1,108 @@
+"""The supervisor's handle on the worker: start, ask, kill.
+
+Source: DESIGN "The agent is two processes". Rules: the worker gets no key, no ledger and no environment
+but what it needs; it can be killed at any moment and its death ends that round's computation only; it is
+started when a study needs it and ended when the study closes.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.frames import read_frame, write_frame
+from client.settings import DataSource
+from common.errors import ContractError, FailureError
+
+log = logging.getLogger("wardround.site.worker")
+
+PASSED_ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "WARDROUND_THREADS")
+END_TIMEOUT_S: Final = 5.0
+
+
+class Computation:
+    """One worker process for one study.
+
+    Guarantee: worker_death_is_one_failure - a killed worker gives a FailureError, and the next round a
+    fresh worker.
+    """
+
+    def __init__(self, manifest_bytes: bytes, source: DataSource, split_key: bytes) -> None:
+        self._manifest_bytes = manifest_bytes
+        self._header = {
+            "op": "prepare",
+            "kind": source.kind,
+            "path": str(source.path.resolve()),
+            "split_key": split_key.hex(),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Have a worker with the rows loaded. Raises ContractError or FailureError."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._spawn()
+                self._ask(self._header, self._manifest_bytes)
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "client.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            cwd="/",
+        )
+        frame = read_frame(process.stdout) if process.stdout else None
+        if frame is None:
+            raise FailureError("worker.start", "the worker process did not start", remedy="Check the installation.")
+        log.info("worker %d started, network: %s", process.pid, frame[0].get("network"))
+        return process
+
+    def _ask(self, header: dict[str, Any], blob: bytes) -> bytes:
+        process = self._process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise FailureError("worker.ended", "there is no worker")
+        try:
+            write_frame(process.stdin, header, blob)
+            frame = read_frame(process.stdout)
+        except (BrokenPipeError, ConnectionError) as error:
+            raise FailureError("worker.died", "the worker process died") from error
+        if frame is None:
+            raise FailureError("worker.died", "the worker process died")
+        reply, result = frame
+        if reply.get("status") != "ok":
+            code = str(reply.get("code", "worker.failed"))
+            places = ", ".join(reply.get("at", []))
+            kind = ContractError if code.startswith(("contract.", "source.")) else FailureError
+            raise kind(code, f"the worker could not do it ({code}{': ' + places if places else ''})")
+        return result
+
+    def compute(self, state: bytes, dim: int) -> NDArray[np.int64]:
+        """The integers of one round's release, int64 [dim]. ``state`` is a safetensors file."""
+        self.start()
+        with self._lock:
+            result = self._ask({"op": "compute"}, state)
+        if len(result) != 8 * dim:
+            raise FailureError("worker.result", "the worker's result has another length than the model")
+        return np.frombuffer(result, dtype="<i8").astype(np.int64)
+
+    def end(self) -> None:
+        """Kill the worker. Safe at any moment, from any thread."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait(timeout=END_TIMEOUT_S)
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except BrokenPipeError:
+                        log.debug("the worker's pipe was closed by its end")

@@ -1,0 +1,177 @@
+"""The hospital's two settings files: ``site.toml`` (where the hub is) and ``policy.toml`` (what is allowed).
+
+Source: DESIGN "One program"; PRIVACY "Registers, budget, filter". Rules: TOML by tomllib, validated with
+unknown keys as errors; the policy is the hospital's own, denies by default, and the hub never changes it;
+no secret stands in either file.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import RefusedError, UsageError
+from common.privacy.filter import Cap
+
+STRICT: Final = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+DELTA_LIMIT: Final = 1e-5
+Text = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class SiteSettings(BaseModel):
+    """``site.toml``: this hospital's name and the hub's address as host:port."""
+
+    model_config = STRICT
+    name: Text
+    hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")]
+
+
+class Register(BaseModel):
+    """The budget's owner: one random id, made once, and what all studies together may spend.
+
+    ``epsilon_t`` holds while at most t members collude, ``epsilon_w`` when all others do.
+    """
+
+    model_config = STRICT
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    epsilon_t: Annotated[float, Field(gt=0, le=100)]
+    epsilon_w: Annotated[float, Field(gt=0, le=100)]
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-6
+    delta_above_one_in_a_hundred_thousand: bool = False
+
+    @model_validator(mode="after")
+    def _delta_is_small(self) -> "Register":
+        if self.delta > DELTA_LIMIT and not self.delta_above_one_in_a_hundred_thousand:
+            raise ValueError(
+                "delta above 1e-5 needs delta_above_one_in_a_hundred_thousand = true, and reports say so"
+            )
+        return self
+
+    @property
+    def cap(self) -> Cap:
+        """The caps as the filter takes them."""
+        return Cap(epsilon_t=self.epsilon_t, epsilon_w=self.epsilon_w, delta=self.delta)
+
+
+class DataSource(BaseModel):
+    """A named extract: ``csv:/path`` or ``parquet:/path``."""
+
+    model_config = STRICT
+    source: Annotated[str, Field(pattern=r"^(csv|parquet):.+$")]
+
+    @property
+    def kind(self) -> str:
+        """csv or parquet."""
+        return self.source.partition(":")[0]
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self.source.partition(":")[2])
+
+
+class Rules(BaseModel):
+    """What a study must meet before a person may approve it."""
+
+    model_config = STRICT
+    coordinators: list[str] = Field(default_factory=list)
+    minimum_hospitals: Annotated[int, Field(ge=3)] = 3
+    allow_studies_without_differential_privacy: bool = False
+    max_round_minutes: Annotated[int, Field(ge=1, le=24 * 60)] = 60
+
+
+class Policy(BaseModel):
+    """``policy.toml``."""
+
+    model_config = STRICT
+    register: Register
+    rules: Rules = Rules()
+    data: dict[Text, DataSource] = Field(default_factory=dict)
+
+    def source(self, name: str) -> DataSource:
+        """The extract that a study names. Raises RefusedError when the policy does not offer it."""
+        if name not in self.data:
+            raise RefusedError(
+                "policy.data",
+                f"the policy offers no data source named {name!r}",
+                remedy=f"Add [data.{name}] with its source to policy.toml, or deny the study.",
+            )
+        return self.data[name]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load(path: Path, model: type[Model]) -> Model:
+    """Read and validate one settings file.
+
+    Raises: UsageError naming the file, the field and the rule.
+    """
+    try:
+        return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UsageError(
+            "settings.missing", f"{path} is missing", remedy="Run 'wardround site init' in a new folder."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError("settings.toml", f"{path} is not valid TOML: {error}", remedy="Correct that line.") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise UsageError(
+            "settings.field", f"{path}: {field}: {first['msg']}", remedy="Correct that field; unknown keys are errors."
+        ) from error
+
+
+SITE_TEMPLATE: Final = """\
+# Where this hospital's agent dials out to. The address comes from the coordinator.
+name = "{name}"
+hub = "{hub}"
+"""
+
+POLICY_TEMPLATE: Final = """\
+# This file belongs to the hospital; the hub can never change it. Nothing is allowed that it does not allow.
+
+[register]
+# The population whose privacy budget this is. Made once; never edit the id.
+id = "{register_id}"
+# What all studies together may spend on any one patient: epsilon_t while at most t hospitals collude with
+# the hub, epsilon_w when every other hospital does.
+epsilon_t = 3.0
+epsilon_w = 3.0
+delta = 1e-6
+
+[rules]
+# Keys of the coordinators whose studies may be approved, as printed by 'wardround hub init'.
+coordinators = []
+minimum_hospitals = 3
+allow_studies_without_differential_privacy = false
+max_round_minutes = 60
+
+# One table an extract that studies may name, for example:
+# [data.readmissions]
+# source = "csv:/srv/wardround/readmissions.csv"
+"""
+
+_NAME = re.compile(r"^[A-Za-z0-9 .'_-]{1,64}$")
+
+
+def new_files(name: str, hub: str, register_id: str) -> dict[str, str]:
+    """The two files of a new site. Raises UsageError when the name or the address is malformed."""
+    if not _NAME.match(name):
+        raise UsageError(
+            "site.name", f"{name!r} is not a site name", remedy="Use 1-64 letters, digits, spaces and . ' _ -"
+        )
+    files = {
+        "site.toml": SITE_TEMPLATE.format(name=name, hub=hub),
+        "policy.toml": POLICY_TEMPLATE.format(register_id=register_id),
+    }
+    try:
+        SiteSettings.model_validate(tomllib.loads(files["site.toml"]))
+    except ValidationError as error:
+        raise UsageError(
+            "site.hub", f"{hub!r} is not an address", remedy="Give host:port, as the coordinator sent it."
+        ) from error
+    return files

@@ -1,0 +1,1 @@
+"""Data sources of a hospital, each giving rows grouped by patient."""

@@ -1,0 +1,168 @@
+"""The site's folder on disk, and the run file that holds the secrets of running studies.
+
+Source: PROTOCOL I10, I13; PRIVACY "Registers". Rules: keys and secrets are files of mode 0600; the run
+file is a SQLite file of its own with secure_delete and without a WAL copy, outside the ledger and outside
+backups (erasure on flash is best effort); one live agent, by an exclusive lock; every write is durable
+when it returns.
+"""
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from common.errors import RefusedError, UsageError
+
+RUN_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS runs (man BLOB PRIMARY KEY, state BLOB NOT NULL) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteHome:
+    """Paths inside a site's folder. Nothing is read or created by making one."""
+
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        """``site.toml``."""
+        return self.folder / "site.toml"
+
+    @property
+    def policy(self) -> Path:
+        """``policy.toml``."""
+        return self.folder / "policy.toml"
+
+    @property
+    def request(self) -> Path:
+        """The public admission request, to be sent to the coordinator."""
+        return self.folder / "request.json"
+
+    @property
+    def admission(self) -> Path:
+        """What the coordinator sent back."""
+        return self.folder / "admission.json"
+
+    @property
+    def tls_key(self) -> Path:
+        """The private key of the link."""
+        return self.folder / "keys" / "tls.pem"
+
+    @property
+    def protocol_key(self) -> Path:
+        """The private key that signs secure aggregation messages and nothing else."""
+        return self.folder / "keys" / "protocol.pem"
+
+    @property
+    def ledger_key(self) -> Path:
+        """The private key that signs ledger heads and nothing else."""
+        return self.folder / "keys" / "ledger.pem"
+
+    @property
+    def split_secret(self) -> Path:
+        """32 random bytes from which per-study split keys are derived."""
+        return self.folder / "keys" / "split.secret"
+
+    @property
+    def ledger(self) -> Path:
+        """The privacy ledger."""
+        return self.folder / "ledger.db"
+
+    @property
+    def runs(self) -> Path:
+        """Secrets of running studies; never part of a backup."""
+        return self.folder / "run" / "runs.db"
+
+    @property
+    def pins(self) -> Path:
+        """Fingerprints of other hospitals that a person here has accepted."""
+        return self.folder / "pins.json"
+
+    def study(self, digest: str) -> Path:
+        """The folder entry of one received study."""
+        return self.folder / "studies" / f"{digest}.study"
+
+    def create_folders(self) -> None:
+        """Make the folder, closed to other users. Raises UsageError when it holds a site already."""
+        if self.settings.exists():
+            raise UsageError(
+                "site.exists", f"{self.folder} holds a site already", remedy="Choose a new folder."
+            )
+        for folder in (self.folder, self.folder / "keys", self.folder / "run", self.folder / "studies"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the site's lock: one live agent. Raises RefusedError when another process holds it."""
+        descriptor = os.open(self.folder / "run" / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise RefusedError(
+                    "site.locked",
+                    f"another agent runs on {self.folder}",
+                    remedy="End it first; two agents on one state would break the masks' safety.",
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(path.name + ".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class RunFile:
+    """One row of secret state a study, replaced in one durable transaction.
+
+    Guarantee: run_state_is_durable - what save() returned from is there after kill -9.
+    Assumes: erasure of replaced pages by secure_delete is best effort on flash.
+    """
+
+    def __init__(self, path: Path) -> None:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode=DELETE", "synchronous=EXTRA", "secure_delete=ON", "temp_store=MEMORY"):
+            self._connection.execute(f"PRAGMA {pragma}").fetchall()
+        self._connection.executescript(RUN_SCHEMA)
+
+    def load(self, man: bytes) -> bytes | None:
+        """The state of a run, or None when there is none."""
+        row = self._connection.execute("SELECT state FROM runs WHERE man = ?", (man,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def save(self, man: bytes, state: bytes) -> None:
+        """Replace the state of a run durably."""
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.execute(
+                "INSERT INTO runs (man, state) VALUES (?, ?) ON CONFLICT (man) DO UPDATE SET state = excluded.state",
+                (man, state),
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()

@@ -1,0 +1,144 @@
+"""The worker process: rows, torch and Opacus, without network, keys or ledger.
+
+Source: DESIGN "The agent is two processes". Rules: it speaks to its supervisor through two pipes only; it
+dies with its supervisor; sockets and new processes are refused after start, and the kernel's network is
+taken away where it allows that; no core dump; an error leaves as a fixed code, its text stays here.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Final
+
+import numpy as np
+
+from client.frames import read_frame, write_frame
+from client.sources.files import load_table
+from client.sources.table import Table
+from common.admissible import Admitted, check
+from common.errors import FailureError, WardroundError
+from common.study import Manifest
+
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWNET: Final = 0x40000000
+PR_SET_PDEATHSIG: Final = 1
+FORBIDDEN_EVENTS: Final = (
+    "socket.",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.spawn",
+    "urllib.",
+    "ftplib.",
+    "smtplib.",
+)
+
+
+def _refuse(event: str, _arguments: tuple[Any, ...]) -> None:
+    if event.startswith(FORBIDDEN_EVENTS):
+        raise FailureError("worker.isolated", f"the worker may not do this: {event}")
+
+
+def isolate() -> bool:
+    """Cut this process off; true when the kernel took its network away too.
+
+    Guarantee: worker_has_no_network - a socket cannot be made after this, in this process.
+    Assumes: native code makes no socket of its own where the kernel refuses a network namespace.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    without_network = libc.unshare(CLONE_NEWNET) == 0 or libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
+    sys.addaudithook(_refuse)
+    return bool(without_network)
+
+
+class Worker:
+    """One study's rows, loaded once, and the rounds computed on them."""
+
+    def __init__(self) -> None:
+        self._manifest: Manifest | None = None
+        self._admitted: Admitted | None = None
+        self._table: Table | None = None
+
+    def prepare(self, header: dict[str, Any], manifest_bytes: bytes) -> None:
+        """Load the training rows of the study's source. Raises ContractError naming file, column, rule."""
+        manifest = Manifest.from_bytes(manifest_bytes)
+        self._admitted = check(manifest, None)
+        self._table = load_table(
+            str(header["kind"]),
+            Path(str(header["path"])),
+            manifest.study.contract,
+            key=bytes.fromhex(str(header["split_key"])),
+            part="train",
+        )
+        self._manifest = manifest
+
+    def compute(self, state_bytes: bytes) -> bytes:
+        """One round: from the model to the integers of a Release, int64 little-endian."""
+        from common.tasks.state import load_state
+        from common.tasks.training import train_local
+
+        if self._manifest is None or self._admitted is None or self._table is None:
+            raise FailureError("worker.order", "the worker was asked to compute before it was prepared")
+        study, admitted = self._manifest.study, self._admitted
+        state = load_state(state_bytes, admitted.layout, study.aggregation.state_norm_bound)
+        gate = admitted.gate(os.urandom)
+        delta = train_local(
+            state, self._table.x, self._table.y, self._table.patient_index, self._table.patients, study, gate
+        )
+        release = gate.finish(delta, admitted.quantiser(os.urandom))
+        return release.q.astype("<i8").tobytes()
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Answer frames until the supervisor closes its end."""
+    worker = Worker()
+    while (frame := read_frame(requests)) is not None:
+        header, blob = frame
+        try:
+            if header.get("op") == "prepare":
+                worker.prepare(header, blob)
+                write_frame(replies, {"status": "ok"})
+            elif header.get("op") == "compute":
+                write_frame(replies, {"status": "ok"}, worker.compute(blob))
+            else:
+                raise FailureError("worker.op", "the supervisor asked for something the worker does not do")
+        except WardroundError as error:
+            write_frame(replies, {"status": "failed", "code": error.code})
+        except Exception as error:
+            # Only types and places: the text of an exception may quote a row.
+            places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
+            write_frame(replies, {"status": "failed", "code": f"worker.{type(error).__name__}", "at": places[-3:]})
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Ctrl-C reaches the whole process group; the supervisor decides when the worker ends."""
+
+
+def main() -> None:
+    """Start: import what training needs, isolate, then serve the two pipes."""
+    signal.signal(signal.SIGINT, _ignore)
+    # Standard output is the pipe; a library that prints must not break the frames.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    import torch
+
+    import common.tasks.training  # noqa: F401 - imported before the process is cut off
+
+    torch.set_num_threads(max(1, int(os.environ.get("WARDROUND_THREADS", "1"))))
+    np.seterr(all="ignore")
+    isolated = isolate()
+    write_frame(replies, {"status": "ok", "network": "none" if isolated else "refused in Python only"})
+    serve(sys.stdin.buffer, replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What every party computes or checks for itself."""

@@ -1,0 +1,112 @@
+"""Bytes that are hashed, signed or used as keys: one unambiguous encoding with domain separation.
+
+Source: PROTOCOL "Bytes"; RFC 5869 (HKDF-Expand), RFC 8785 (canonical JSON), FIPS 180-4 (SHA-256).
+Rules: every label starts with ``wardround/v1/``; every part is length-prefixed, so two different
+sequences of parts never give the same bytes; integers are little-endian with a fixed width.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import rfc8785
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from common.errors import VerificationError
+
+PREFIX = "wardround/v1/"
+DIGEST_SIZE_BYTES = 32
+
+
+def u8(value: int) -> bytes:
+    """One byte. Raises OverflowError outside [0, 2^8)."""
+    return value.to_bytes(1, "little")
+
+
+def u16(value: int) -> bytes:
+    """Two bytes, little-endian. Raises OverflowError outside [0, 2^16)."""
+    return value.to_bytes(2, "little")
+
+
+def u32(value: int) -> bytes:
+    """Four bytes, little-endian. Raises OverflowError outside [0, 2^32)."""
+    return value.to_bytes(4, "little")
+
+
+def u64(value: int) -> bytes:
+    """Eight bytes, little-endian. Raises OverflowError outside [0, 2^64)."""
+    return value.to_bytes(8, "little")
+
+
+def enc(*parts: bytes) -> bytes:
+    """Concatenate parts, each behind its length as u64le.
+
+    Guarantee: enc_is_injective - different sequences of parts give different bytes.
+    """
+    return b"".join(u64(len(part)) + part for part in parts)
+
+
+def labelled(label: str, *parts: bytes) -> bytes:
+    """Bytes of ``parts`` under the versioned domain-separation label."""
+    return enc((PREFIX + label).encode("ascii"), *parts)
+
+
+def split_labelled(label: str, data: bytes, what: str) -> list[bytes]:
+    """The parts inside labelled(label, ...), refusing every byte string that labelled does not make.
+
+    Raises: VerificationError naming ``what``.
+    """
+    parts: list[bytes] = []
+    position = 0
+    while position < len(data):
+        end = position + 8
+        size = int.from_bytes(data[position:end], "little")
+        if end > len(data) or end + size > len(data):
+            raise VerificationError("encoding.truncated", f"the {what} ends in the middle of a part")
+        parts.append(data[end : end + size])
+        position = end + size
+    if not parts or parts[0] != (PREFIX + label).encode("ascii"):
+        raise VerificationError("encoding.label", f"the {what} does not carry the label {label!r}")
+    return parts[1:]
+
+
+def digest(label: str, *parts: bytes) -> bytes:
+    """H(label, parts): SHA-256 of the labelled encoding, 32 bytes."""
+    return hashlib.sha256(labelled(label, *parts)).digest()
+
+
+def derive(key: bytes, label: str, *parts: bytes) -> bytes:
+    """KDF(key, label, parts): HKDF-Expand with SHA-256, 32 bytes.
+
+    Assumes: ``key`` is 32 uniformly random bytes (so the extract step of HKDF is not needed).
+    """
+    if len(key) != DIGEST_SIZE_BYTES:
+        raise VerificationError("encoding.key-size", "a derivation key must have 32 bytes")
+    return HKDFExpand(algorithm=hashes.SHA256(), length=32, info=labelled(label, *parts)).derive(key)
+
+
+def canonical_json(value: Any) -> bytes:
+    """RFC 8785 bytes of a JSON value. Raises VerificationError on NaN, Inf and integers past 2^53."""
+    try:
+        return rfc8785.dumps(value)
+    except rfc8785.CanonicalizationError as error:
+        raise VerificationError("encoding.not-canonical", f"the value has no RFC 8785 form: {error}") from error
+
+
+def parse_canonical_json(data: bytes, what: str) -> Any:
+    """Parse bytes that must be exactly the RFC 8785 form of their value.
+
+    Guarantee: only_canonical_json_is_read - duplicate keys, NaN, white space, other key orders and
+    other number forms are refused, because re-encoding would not give the same bytes.
+
+    Raises: VerificationError naming ``what``.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"))
+        same = rfc8785.dumps(value) == data
+    except (ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
+        raise VerificationError("encoding.json", f"{what} is not valid JSON") from error
+    if not same:
+        raise VerificationError("encoding.not-canonical", f"{what} is not in RFC 8785 canonical form")
+    return value

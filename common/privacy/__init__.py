@@ -1,0 +1,1 @@
+"""Differential privacy: the gate, its noise, its events and its filter."""

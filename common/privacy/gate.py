@@ -1,0 +1,336 @@
+"""The release gate: the only way out for anything computed from rows.
+
+Source: PRIVACY.md "The release gate". Rules: a sum of clipped contributions becomes integers on a public
+grid, gets discrete Gaussian noise, and is a release; every optimiser step is one; only a ``Release``, which
+nothing else can make, may be sent; what is charged is planned from public constants before any row is read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import FailureError, RefusedError, UsageError
+from common.privacy import clipping
+from common.privacy.decimals import fraction_of, text_of, text_up
+from common.privacy.events import BETA, Event
+from common.privacy.noise import coins, discrete_gaussian
+
+Vector: TypeAlias = NDArray[np.float64]
+Integers: TypeAlias = NDArray[np.int64]
+Entropy: TypeAlias = Callable[[int], bytes]
+Quantise: TypeAlias = Callable[[Vector], Integers]
+
+_EXACT_INTEGERS: Final = 2**51
+_TOKEN: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class GateParams:
+    """Public constants of one round's release with differential privacy, all from the manifest.
+
+    ``clip_norm`` C and ``grid_step`` in units of the sum; ``dim`` coordinates; ``rate`` in (0, 1], 1 for
+    ``full``; ``steps`` optimiser steps in a round; ``max_patients`` B; ``terms_per_patient`` as in
+    ``clipping.eta`` (rows of one patient, where a contraction adds them).
+
+    Raises: UsageError when any bound of PRIVACY.md does not hold.
+    """
+
+    clip_norm: float
+    grid_step: float
+    dim: int
+    noise_multiplier: float
+    sampling: Literal["full", "poisson"]
+    rate: float
+    steps: int
+    max_patients: int
+    arithmetic: clipping.Arithmetic
+    mode: Literal["local"] = "local"
+    terms_per_patient: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode != "local":
+            raise UsageError(
+                "privacy.mode", f"mode {self.mode!r} has no gate yet", remedy='Use mode = "local".'
+            )
+        if self.sampling not in ("full", "poisson") or self.arithmetic not in ("f64_bounded", "f32_assumed"):
+            raise UsageError("privacy.gate", "sampling or arithmetic is unknown")
+        rate = fraction_of(text_of(self.rate))
+        if not 0 < rate <= 1 or (self.sampling == "full") != (rate == 1):
+            raise UsageError(
+                "privacy.rate", "the sampling rate must be 1 for full and inside (0, 1) for poisson sampling"
+            )
+        if self.steps < 1:
+            raise UsageError("privacy.steps", "a round needs at least one step")
+        clipping.check_grid(self._clip, self._step, self.dim)
+        if self.max_patients * self._clip / self._step > _EXACT_INTEGERS:
+            raise UsageError("privacy.grid-step", "sums leave the exact integers", remedy="Raise grid_step.")
+        _ = self.variance
+
+    @property
+    def _clip(self) -> Fraction:
+        return fraction_of(text_of(self.clip_norm))
+
+    @property
+    def _step(self) -> Fraction:
+        return fraction_of(text_of(self.grid_step))
+
+    @property
+    def q(self) -> Fraction:
+        """Probability that a patient takes part in one step, exact."""
+        return fraction_of(text_of(self.rate))
+
+    @property
+    def eta(self) -> str:
+        """Relative excess of one contribution over C, decimal text rounded up."""
+        return text_up(clipping.eta(self.arithmetic, self.max_patients, self.terms_per_patient), 40)
+
+    @property
+    def delta_g(self) -> int:
+        """Sensitivity in grid units."""
+        return clipping.grid_sensitivity(self._clip, self._step, self.dim, fraction_of(self.eta))
+
+    @property
+    def variance(self) -> int:
+        """s_g^2: variance of the integer noise on each coordinate, in squared grid units."""
+        return clipping.noise_variance(fraction_of(text_of(self.noise_multiplier)), self.delta_g)
+
+    @property
+    def limit(self) -> float:
+        """R = B C: clamp of the coordinates of a sum."""
+        return self.max_patients * self.clip_norm
+
+
+@dataclass(frozen=True, slots=True)
+class PlainParams:
+    """Public constants of one round's release without differential privacy."""
+
+    dim: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.steps < 1:
+            raise UsageError("privacy.gate", "a release needs at least one coordinate and one step")
+
+
+def plan_event(
+    params: GateParams | PlainParams,
+    register_id: str,
+    manifest_digest: bytes | str,
+    task: str,
+    round: int,
+    attempt: int,
+    members: int,
+    t: int,
+    event_id: str,
+) -> Event:
+    """The event to charge before round ``round`` (from 1) is computed, state ``charged``.
+
+    ``register_id`` and ``event_id`` are 32 hex digits; ``manifest_digest`` 32 bytes or 64 hex digits;
+    reserved at the largest cohort, U_size = members. Raises: UsageError through ``Event``.
+    """
+    fields: dict[str, str | int] = {
+        "schema": 1,
+        "event_id": event_id,
+        "register_id": register_id,
+        "manifest_digest": manifest_digest if isinstance(manifest_digest, str) else manifest_digest.hex(),
+        "task": task,
+        "round": round,
+        "attempt": attempt,
+        "kind": "no_dp",
+        "unit": "patient",
+        "adjacency": "add_remove",
+        "state": "charged",
+        "reason": "",
+    }
+    if isinstance(params, GateParams):
+        fields |= {
+            "kind": "sum",
+            "mode": params.mode,
+            "sampling": params.sampling,
+            "q": text_of(params.rate),
+            "steps": params.steps,
+            "dim": params.dim,
+            "C": text_of(params.clip_norm),
+            "step": text_of(params.grid_step),
+            "eta": params.eta,
+            "arith": params.arithmetic,
+            "noise": "integer",
+            "Delta_g": params.delta_g,
+            "s_g_squared": params.variance,
+            "members": members,
+            "U_size": members,
+            "t": t,
+            "z_t": clipping.z_threshold(params.variance, params.delta_g),
+            "z_w": clipping.z_worst(params.variance, params.delta_g),
+            "beta": BETA,
+        }
+    return Event.from_fields(fields)
+
+
+def to_grid(params: GateParams, clipped_sum: Vector) -> Integers:
+    """Q = nearest(clamp(sum, -R, R) / grid_step), int64 [dim]; the rounding that Delta_g answers for."""
+    clamped = np.clip(clipped_sum, -params.limit, params.limit)
+    return np.rint(clamped / params.grid_step).astype(np.int64)
+
+
+class Release:
+    """Integers that may leave the hospital. Only a gate can make one; ``q`` is int64 [dim], read-only.
+
+    Guarantee: only_the_gate_releases - no other construction succeeds.
+    """
+
+    __slots__ = ("_q",)
+    _q: Integers
+
+    def __init__(self, q: Integers, *, token: object = None) -> None:
+        if token is not _TOKEN:
+            raise RefusedError("privacy.egress", "a release is made by the gate only")
+        kept = q.copy()
+        kept.setflags(write=False)
+        self._q = kept
+
+    @property
+    def q(self) -> Integers:
+        """The quantised vector, int64 [dim], read-only."""
+        return self._q
+
+
+class Gate(Protocol):
+    """What training sees: coins, then a step, as often as the manifest says, then one release."""
+
+    def coins(self, n_patients: int) -> NDArray[np.bool_]:
+        """Which of this hospital's patients take part in the next step, bool [n_patients]."""
+        ...
+
+    def step(self, clipped_sum: Vector) -> Vector:
+        """Release one sum of clipped contributions, float64 [dim], to the optimiser."""
+        ...
+
+    def finish(self, delta: Vector, quantise: Quantise) -> Release:
+        """The last iterate's change, float64 [dim], as a release; at most once."""
+        ...
+
+
+class _Counted:
+    """The count of steps and the single exit that both gates share."""
+
+    __slots__ = ("_dim", "_done", "_finished", "_steps")
+
+    def __init__(self, dim: int, steps: int) -> None:
+        self._dim = dim
+        self._steps = steps
+        self._done = 0
+        self._finished = False
+
+    def _check(self, vector: Vector, what: str) -> Vector:
+        if self._finished:
+            raise RefusedError("privacy.gate-finished", "this gate has made its release")
+        if not isinstance(vector, np.ndarray) or vector.dtype != np.float64 or vector.shape != (self._dim,):
+            raise RefusedError("privacy.gate-shape", f"the {what} must be float64 of shape ({self._dim},)")
+        if not np.isfinite(vector).all():
+            raise RefusedError("privacy.gate-not-finite", f"the {what} is not finite")
+        return vector
+
+    def _check_step(self, vector: Vector) -> Vector:
+        if self._done >= self._steps:
+            raise RefusedError("privacy.gate-steps", f"the charged event has only {self._steps} steps")
+        return self._check(vector, "sum")
+
+    def finish(self, delta: Vector, quantise: Quantise) -> Release:
+        """Quantise ``delta`` (float64 [dim], computed from what ``step`` returned) and release it, once.
+
+        Assumes: ``delta`` is a function of the results of ``step`` and of public values alone.
+        Raises: RefusedError unless exactly the charged number of steps was done; FailureError when the
+        quantiser does not give int64 [dim].
+        """
+        if self._done != self._steps:
+            raise RefusedError(
+                "privacy.gate-steps",
+                f"{self._done} of {self._steps} charged steps were done before the release",
+            )
+        self._check(delta, "change of the model")
+        self._finished = True
+        q = quantise(delta)
+        if not isinstance(q, np.ndarray) or q.dtype != np.int64 or q.shape != (self._dim,):
+            raise FailureError(
+                "privacy.gate-quantiser", f"the quantiser must give int64 of shape ({self._dim},)"
+            )
+        return Release(q, token=_TOKEN)
+
+
+class LocalGate(_Counted):
+    """The gate of ``local``: full noise on every step, from one entropy source, for one round.
+
+    ``entropy(n)`` gives n uniformly random bytes; product code passes os.urandom.
+
+    Guarantee: every_step_is_noised - each result is (nearest(sum / grid_step) + noise) * grid_step.
+    Guarantee: steps_are_counted - a step more or less than charged gives no release.
+    Assumes: the sum given to ``step`` has one contribution of norm at most C for each patient whose
+    coin fell, and no other (``clipping.clipped_sum`` makes such sums).
+    """
+
+    __slots__ = ("_entropy", "_params", "_tossed", "_variance")
+
+    def __init__(self, params: GateParams, entropy: Entropy) -> None:
+        super().__init__(params.dim, params.steps)
+        self._params = params
+        self._variance = params.variance
+        self._entropy = entropy
+        self._tossed = False
+
+    def coins(self, n_patients: int) -> NDArray[np.bool_]:
+        """One fresh coin per patient for the next step, bool [n_patients]; all True for full batches.
+
+        Raises: RefusedError for more patients than the public bound, or a second toss for one step.
+        """
+        if not 0 <= n_patients <= self._params.max_patients:
+            raise RefusedError(
+                "privacy.max-patients",
+                "this hospital has more patients than the manifest's max_patients",
+                remedy="Ask the coordinator for a study with a higher max_patients.",
+            )
+        if self._params.sampling == "full":
+            return np.ones(n_patients, dtype=np.bool_)
+        if self._tossed:
+            raise RefusedError("privacy.gate-coins", "the coins of this step have been tossed")
+        self._tossed = True
+        return coins(self._params.q, n_patients, self._entropy)
+
+    def step(self, clipped_sum: Vector) -> Vector:
+        """Clamp, round to the grid, add noise; returns float64 [dim] in the units of the sum.
+
+        Raises: RefusedError past the charged steps, before the coins of a Poisson step, for another
+        shape or dtype, or a sum that is not finite (clipping makes finite sums whatever the rows).
+        """
+        self._check_step(clipped_sum)
+        params = self._params
+        if params.sampling == "poisson" and not self._tossed:
+            raise RefusedError("privacy.gate-coins", "a Poisson step needs its coins first")
+        self._done += 1
+        self._tossed = False
+        noisy = to_grid(params, clipped_sum) + discrete_gaussian(self._variance, params.dim, self._entropy)
+        released: Vector = noisy.astype(np.float64) * params.grid_step
+        return released
+
+
+class PlainGate(_Counted):
+    """The gate of a study without differential privacy: counts steps, adds nothing."""
+
+    __slots__ = ()
+
+    def __init__(self, params: PlainParams) -> None:
+        super().__init__(params.dim, params.steps)
+
+    def coins(self, n_patients: int) -> NDArray[np.bool_]:
+        """All True, bool [n_patients]."""
+        return np.ones(n_patients, dtype=np.bool_)
+
+    def step(self, clipped_sum: Vector) -> Vector:
+        """A copy of the sum, float64 [dim]."""
+        self._check_step(clipped_sum)
+        self._done += 1
+        return clipped_sum.copy()

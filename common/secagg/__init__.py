@@ -1,0 +1,1 @@
+"""Secure aggregation, I/O-free: PROTOCOL message by message."""

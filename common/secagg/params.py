@@ -1,0 +1,133 @@
+"""What one run is, as both sides of the protocol see it, and what a hospital refuses by itself.
+
+Source: PROTOCOL.md "Bytes" (widths) and "A hospital itself refuses". Rules: plain values taken from the
+manifest and the roster; nothing here trusts that somebody else checked them.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from common.errors import RefusedError
+from common.secagg.codec import Layout, fits
+
+HUB: Final = 0
+MAX_MEMBERS: Final = 1000
+MAX_ATTEMPTS: Final = 3
+MAX_ROUNDS: Final = 10_000
+MAX_WORDS: Final = 1 << 28
+_MINUTE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
+
+
+@dataclass(frozen=True, slots=True)
+class RunParams:
+    """One run of one manifest.
+
+    ``man`` manifest digest (32 bytes); ``parameters`` >= 1 and ``scalars`` >= 0 are lengths of the two
+    vectors; ``bits`` 16 or 32; ``step``, ``range`` > 0 in units of a parameter; ``me`` own id, or HUB at
+    the hub; ``members`` ascending ids 1..65535; ``keys`` raw Ed25519 protocol keys of at least all
+    members; ``t`` colluders, ``m`` smallest cohort, ``rho`` rollbacks; ``expiry`` "YYYY-MM-DDTHH:MMZ".
+    """
+
+    man: bytes
+    parameters: int
+    scalars: int
+    bits: int
+    step: float
+    range: float
+    rounding: Literal["nearest", "dither"]
+    me: int
+    members: tuple[int, ...]
+    keys: Mapping[int, bytes] = field(repr=False)
+    hub_key: bytes = field(repr=False)
+    t: int
+    m: int
+    rho: int
+    attempts: int
+    rounds_max: int
+    state_norm_bound: float
+    expiry: str
+
+    @property
+    def layout(self) -> Layout:
+        """How a payload of this run is laid out."""
+        return Layout(self.parameters, self.scalars, self.bits)
+
+
+def smallest_cohort(n: int, t: int, rho: int) -> int:
+    """The lower bound of m: two cohorts then share an honest member that was not rolled back.
+
+    Guarantee: cohorts_share_an_honest_member - checked over all small n, t, rho by counting.
+    """
+    return max(3, t + 2, -(-2 * n // 3), -(-(n + t + rho + 1) // 2))
+
+
+def _require(holds: bool, code: str, problem: str) -> None:
+    if not holds:
+        raise RefusedError(
+            "secagg.params." + code, problem, remedy="Ask the coordinator for a manifest that keeps this rule."
+        )
+
+
+def _whole(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _positive(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type]
+
+
+def valid_minute(text: str) -> bool:
+    """Whether ``text`` has the shape "YYYY-MM-DDTHH:MMZ", so that texts compare as times."""
+    return _MINUTE.fullmatch(text) is not None
+
+
+def check_params(params: RunParams, *, outsiders_only: bool = False) -> None:
+    """Refuse every run that a hospital must not join, whoever approved it.
+
+    ``outsiders_only`` is the hospital's own policy: it alone admits t = 0.
+
+    Guarantee: bounds_are_refused - each bound of PROTOCOL.md, one past it.
+    Raises: RefusedError with the rule.
+    """
+    n = len(params.members)
+    _require(type(params.man) is bytes and len(params.man) == 32, "man", "the manifest digest must have 32 bytes")
+    _require(3 <= n <= MAX_MEMBERS, "members", f"a run has 3 to {MAX_MEMBERS} members")
+    _require(all(_whole(i, 1, 65535) for i in params.members), "members", "member ids must be 1 to 65535")
+    _require(
+        all(a < b for a, b in zip(params.members, params.members[1:], strict=False)),
+        "members",
+        "member ids must ascend without repetition",
+    )
+    _require(set(params.members) <= set(params.keys), "keys", "every member must be in the roster")
+    keys = [params.keys[i] for i in params.members] + [params.hub_key]
+    _require(all(type(k) is bytes and len(k) == 32 for k in keys), "keys", "a protocol key must have 32 bytes")
+    _require(len(set(keys)) == n + 1, "keys", "the keys of the members and of the hub must all differ")
+    _require(params.me == HUB or params.me in params.members, "me", "this hospital is not a member of the run")
+    _require(_whole(params.rho, 0, n), "rho", "rho must be a whole number from 0 to n")
+    _require(
+        _whole(params.t, 0 if outsiders_only else 1, n),
+        "t",
+        "t must be at least 1: with t = 0 one curious hospital sees through a sum",
+    )
+    bound = smallest_cohort(n, params.t, params.rho)
+    _require(_whole(params.m, bound, n), "m", f"m must be from {bound} to {n} for these n, t and rho")
+    _require(_whole(params.attempts, 1, MAX_ATTEMPTS), "attempts", f"attempts must be 1 to {MAX_ATTEMPTS}")
+    _require(_whole(params.rounds_max, 1, MAX_ROUNDS), "rounds", f"rounds_max must be 1 to {MAX_ROUNDS}")
+    _require(params.bits in (16, 32), "bits", "the codec has 16 or 32 bits")
+    _require(params.rounding in ("nearest", "dither"), "rounding", "rounding is nearest or dither")
+    _require(_whole(params.parameters, 1, MAX_WORDS), "dims", f"parameters must be 1 to {MAX_WORDS}")
+    _require(_whole(params.scalars, 0, MAX_WORDS), "dims", f"scalars must be 0 to {MAX_WORDS}")
+    _require(_positive(params.step), "step", "step must be a finite number above 0")
+    _require(_positive(params.range), "range", "range must be a finite number above 0")
+    _require(_positive(params.state_norm_bound), "norm", "the state norm bound must be finite and above 0")
+    _require(
+        all(fits(u, params.bits, params.step, params.range) for u in (params.m, n)),
+        "overflow",
+        f"{n} hospitals can overflow {params.bits} bits: range / step is too large",
+    )
+    _require(
+        type(params.expiry) is str and valid_minute(params.expiry), "expiry", "expiry must be YYYY-MM-DDTHH:MMZ"
+    )

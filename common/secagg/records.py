@@ -1,0 +1,367 @@
+"""The messages of the secure sum as frozen records, with one strict byte form each.
+
+Source: PROTOCOL.md, tables S1-S4 and R0-R6. Rules: a record declares its columns in table order; a list
+is a u16 count followed by the columns of every entry; decode accepts exactly the bytes that encode makes;
+a signature covers ``sig/<name>``, the manifest digest and every column but ``sig``. The state of a round
+travels beside RoundStart, which carries its digest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final, TypeVar
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from common.encoding import digest, labelled, split_labelled, u16
+from common.errors import VerificationError
+
+DIGEST_BYTES: Final = 32
+KEY_BYTES: Final = 32
+MLKEM_KEY_BYTES: Final = 1184
+SEALED_SEED_BYTES: Final = 1168
+SIGNATURE_BYTES: Final = 64
+UNSIGNED: Final = bytes(SIGNATURE_BYTES)
+
+R = TypeVar("R", bound="Record")
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """Column of an unsigned integer of ``size_bytes`` bytes, little-endian."""
+
+    size_bytes: int
+
+    def write(self, value: Any, name: str) -> Iterator[bytes]:
+        """The one part of ``value``. Raises VerificationError naming the column."""
+        if type(value) is not int or not 0 <= value < 1 << 8 * self.size_bytes:
+            raise VerificationError("secagg.record.value", f"{name} must be a u{8 * self.size_bytes}")
+        yield value.to_bytes(self.size_bytes, "little")
+
+    def read(self, parts: Iterator[bytes], name: str) -> int:
+        """The value of the next part. Raises VerificationError naming the column."""
+        return int.from_bytes(_exact(parts, self.size_bytes, name), "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Column of exactly ``size_bytes`` bytes."""
+
+    size_bytes: int
+
+    def write(self, value: Any, name: str) -> Iterator[bytes]:
+        """The one part of ``value``. Raises VerificationError naming the column."""
+        if type(value) is not bytes or len(value) != self.size_bytes:
+            raise VerificationError("secagg.record.value", f"{name} must have {self.size_bytes} bytes")
+        yield value
+
+    def read(self, parts: Iterator[bytes], name: str) -> bytes:
+        """The value of the next part. Raises VerificationError naming the column."""
+        return _exact(parts, self.size_bytes, name)
+
+
+@dataclass(frozen=True, slots=True)
+class ListOf:
+    """Column of a u16 count and that many entries: a value, a tuple of values or a record each."""
+
+    entry: "tuple[Integer | Fixed, ...] | type[Record]"
+
+    def write(self, value: Any, name: str) -> Iterator[bytes]:
+        """The count, then the parts of each entry. Raises VerificationError naming the column."""
+        if type(value) is not tuple or len(value) >= 1 << 16:
+            raise VerificationError("secagg.record.value", f"{name} must be a tuple of fewer than 65536 entries")
+        yield u16(len(value))
+        for entry in value:
+            if isinstance(self.entry, tuple):
+                columns = self.entry
+                values = (entry,) if len(columns) == 1 else entry
+                if type(values) is not tuple or len(values) != len(columns):
+                    raise VerificationError("secagg.record.value", f"{name} holds an entry of another shape")
+                for column, item in zip(columns, values, strict=True):
+                    yield from column.write(item, name)
+            elif type(entry) is self.entry:
+                yield from _parts(entry)
+            else:
+                raise VerificationError("secagg.record.value", f"{name} holds an entry of another type")
+
+    def read(self, parts: Iterator[bytes], name: str) -> tuple[Any, ...]:
+        """The entries. Raises VerificationError naming the column."""
+        count = int.from_bytes(_exact(parts, 2, name), "little")
+        if not isinstance(self.entry, tuple):
+            return tuple(_read(self.entry, parts) for _ in range(count))
+        if len(self.entry) == 1:
+            return tuple(self.entry[0].read(parts, name) for _ in range(count))
+        return tuple(tuple(column.read(parts, name) for column in self.entry) for _ in range(count))
+
+
+U8: Final = Integer(1)
+U16: Final = Integer(2)
+U32: Final = Integer(4)
+U64: Final = Integer(8)
+DIGEST: Final = Fixed(DIGEST_BYTES)
+SIGNATURE: Final = Fixed(SIGNATURE_BYTES)
+
+
+class Record:
+    """Base of all records: values are checked against the columns when one is made.
+
+    Guarantee: records_are_strict - a value of another type, width or length never becomes a record.
+    Raises: VerificationError naming the record and the column.
+    """
+
+    __slots__ = ()
+    COLUMNS: ClassVar[tuple[tuple[str, Integer | Fixed | ListOf], ...]] = ()
+
+    def __post_init__(self) -> None:
+        for _ in _parts(self):
+            pass
+
+
+@dataclass(frozen=True, slots=True)
+class KeyAnnounce(Record):
+    """S1: the setup keys of one hospital for one manifest, made once ever."""
+
+    id: int
+    man: bytes
+    mlkem: bytes = field(repr=False)
+    x25519: bytes = field(repr=False)
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (
+        ("id", U16),
+        ("man", DIGEST),
+        ("mlkem", Fixed(MLKEM_KEY_BYTES)),
+        ("x25519", Fixed(KEY_BYTES)),
+        ("sig", SIGNATURE),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Directory(Record):
+    """S2: every announcement that the hub holds, ascending id."""
+
+    entries: tuple[KeyAnnounce, ...] = field(repr=False)
+    COLUMNS = (("entries", ListOf(KeyAnnounce)),)
+
+
+@dataclass(frozen=True, slots=True)
+class PairSeed(Record):
+    """S3: a seed sealed by one of the pair (i < j) for the other."""
+
+    man: bytes
+    dirh: bytes
+    i: int
+    j: int
+    ct: bytes = field(repr=False)
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (
+        ("man", DIGEST),
+        ("dirh", DIGEST),
+        ("i", U16),
+        ("j", U16),
+        ("ct", Fixed(SEALED_SEED_BYTES)),
+        ("sig", SIGNATURE),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm(Record):
+    """S4: proof to every peer that the pair key is known; ``tags`` are (peer, tag), ascending."""
+
+    id: int
+    dirh: bytes
+    tags: tuple[tuple[int, bytes], ...] = field(repr=False)
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (("id", U16), ("dirh", DIGEST), ("tags", ListOf((U16, DIGEST))), ("sig", SIGNATURE))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStart(Record):
+    """R0: a round begins. ``deadline`` in seconds since 1970 UTC; ``state`` is state_digest(bytes)."""
+
+    man: bytes
+    dirh: bytes
+    round: int
+    state: bytes
+    model_digest: bytes
+    deadline: int
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (
+        ("man", DIGEST),
+        ("dirh", DIGEST),
+        ("round", U32),
+        ("state", DIGEST),
+        ("model_digest", DIGEST),
+        ("deadline", U64),
+        ("sig", SIGNATURE),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Record):
+    """R1: a hospital has its vector; ``nu`` commits to it."""
+
+    man: bytes
+    id: int
+    round: int
+    model_digest: bytes
+    nu: bytes
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (
+        ("man", DIGEST),
+        ("id", U16),
+        ("round", U32),
+        ("model_digest", DIGEST),
+        ("nu", DIGEST),
+        ("sig", SIGNATURE),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort(Record):
+    """R2: whose vectors are summed in this attempt; ``members`` are (id, nu), ascending."""
+
+    round: int
+    attempt: int
+    members: tuple[tuple[int, bytes], ...]
+    COLUMNS = (("round", U32), ("attempt", U8), ("members", ListOf((U16, DIGEST))))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The ids of the cohort, in the order given."""
+        return tuple(member for member, _ in self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload(Record):
+    """R3: the header of a masked payload."""
+
+    id: int
+    ctx: bytes
+    commit: bytes
+    payload_digest: bytes
+    chunk_digests: tuple[bytes, ...] = field(repr=False)
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (
+        ("id", U16),
+        ("ctx", DIGEST),
+        ("commit", DIGEST),
+        ("payload_digest", DIGEST),
+        ("chunk_digests", ListOf((DIGEST,))),
+        ("sig", SIGNATURE),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPlease(Record):
+    """R4: all of the cohort have uploaded; liveness only."""
+
+    ctx: bytes
+    COLUMNS = (("ctx", DIGEST),)
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Record):
+    """R5: the self-mask seed ``b`` of one context. Never printed."""
+
+    id: int
+    ctx: bytes
+    b: bytes = field(repr=False)
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (("id", U16), ("ctx", DIGEST), ("b", Fixed(KEY_BYTES)), ("sig", SIGNATURE))
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Record):
+    """R6: what the round became, signed by the hub."""
+
+    ctx: bytes
+    sum_digest: bytes
+    model_digest: bytes
+    sig: bytes = field(default=UNSIGNED, repr=False)
+    COLUMNS = (("ctx", DIGEST), ("sum_digest", DIGEST), ("model_digest", DIGEST), ("sig", SIGNATURE))
+
+
+def _exact(parts: Iterator[bytes], size_bytes: int, name: str) -> bytes:
+    part = next(parts, None)
+    if part is None or len(part) != size_bytes:
+        raise VerificationError("secagg.record.length", f"{name} must have {size_bytes} bytes")
+    return part
+
+
+def _parts(record: Record, *, signature: bool = True) -> Iterator[bytes]:
+    for name, column in record.COLUMNS:
+        if signature or name != "sig":
+            yield from column.write(getattr(record, name), f"{type(record).__name__}.{name}")
+
+
+def _read(record_type: type[R], parts: Iterator[bytes]) -> R:
+    return record_type(
+        *(column.read(parts, f"{record_type.__name__}.{name}") for name, column in record_type.COLUMNS)
+    )
+
+
+def encode(record: Record) -> bytes:
+    """The bytes of a record.
+
+    Guarantee: encoding_is_canonical - decode gives the record back, and reads no other bytes.
+    """
+    return labelled("record/" + type(record).__name__, *_parts(record))
+
+
+def decode(record_type: type[R], data: bytes) -> R:
+    """Read one record of ``record_type`` strictly. Raises: VerificationError."""
+    name = record_type.__name__
+    parts = iter(split_labelled("record/" + name, data, name))
+    record = _read(record_type, parts)
+    if next(parts, None) is not None:
+        raise VerificationError("secagg.record.length", f"the {name} holds more than its columns")
+    return record
+
+
+def signed_bytes(record: Record, man: bytes) -> bytes:
+    """What the signature of ``record`` covers: its name, the manifest digest (32) and its columns."""
+    return labelled("sig/" + type(record).__name__, man, *_parts(record, signature=False))
+
+
+def signed(record: R, man: bytes, sign: Callable[[bytes], bytes]) -> R:
+    """The record with its signature. ``sign`` gives Ed25519 signatures, 64 bytes."""
+    return replace(record, sig=sign(signed_bytes(record, man)))  # type: ignore[type-var]
+
+
+def check_signature(record: Record, man: bytes, key: bytes, signer: str) -> None:
+    """Verify the Ed25519 signature of a record under the raw public ``key`` (32 bytes).
+
+    Raises: VerificationError naming the record and the signer.
+    """
+    signature: bytes = getattr(record, "sig", b"")
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, signed_bytes(record, man))
+    except (InvalidSignature, ValueError):
+        raise VerificationError(
+            "secagg.signature",
+            f"the {type(record).__name__} is not signed by {signer}",
+            remedy="Compare the fingerprints of the roster out of band.",
+        ) from None
+
+
+def directory_digest(man: bytes, entries: Sequence[KeyAnnounce]) -> bytes:
+    """dirh: the digest of ids and keys in the order given (ascending ids), without signatures."""
+    keys = (part for entry in entries for part in (u16(entry.id), entry.mlkem, entry.x25519))
+    return digest("dir", man, u16(len(entries)), *keys)
+
+
+def context(man: bytes, dirh: bytes, model_digest: bytes, cohort: Cohort) -> bytes:
+    """ctx: everything that makes one attempt of one round what it is, 32 bytes."""
+    head = tuple(U32.write(cohort.round, "round")) + tuple(U8.write(cohort.attempt, "attempt"))
+    members = (part for member, nu in cohort.members for part in (u16(member), nu))
+    return digest("ctx", man, dirh, *head, model_digest, u16(len(cohort.members)), *members)
+
+
+def payload_digest(chunk_digests: Sequence[bytes]) -> bytes:
+    """Digest of a whole payload from the digests of its chunks, in order."""
+    return digest("payload", *chunk_digests)
+
+
+def state_digest(state: bytes) -> bytes:
+    """Digest of the state bytes that travel beside RoundStart."""
+    return digest("state", state)

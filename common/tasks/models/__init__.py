@@ -1,0 +1,1 @@
+"""Models: which tensors each has, and how each is built."""

@@ -1,0 +1,214 @@
+"""``wardround hub …`` and ``wardround study …``: the coordinator's commands.
+
+Source: DESIGN "Three people, one program". Rules: every command has ``--json`` and documented exit codes;
+nothing here imports torch; flwr is imported only by ``hub run``.
+"""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from common import link_pb2
+from common.console import JsonFlag, Outcome, command, log_to_stderr
+from common.errors import UsageError
+from common.identity import fingerprint
+from server.home import CoordinatorHome, HubHome
+
+hub = typer.Typer(help="Make a hub, admit hospitals, run the server.", no_args_is_help=True)
+study = typer.Typer(help="Submit, list, watch, abort and export studies.", no_args_is_help=True)
+
+HubFolder = Annotated[Path, typer.Option("--home", help="The hub's folder.", file_okay=False)]
+CoordinatorFolder = Annotated[
+    Path, typer.Option("--as", help="The coordinator's folder, as 'hub init' made it.", file_okay=False)
+]
+Digest = Annotated[str, typer.Argument(help="The study's digest, or its first 6 or more digits.")]
+
+
+@hub.command()
+@command
+def init(
+    home: HubFolder,
+    address: Annotated[str, typer.Option(help="host:port under which sites and coordinators dial the hub.")],
+    listen: Annotated[str, typer.Option(help="host:port to listen on; default: the address.")] = "",
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Make a hub: authority, keys, settings, and the first coordinator's folder."""
+    from server.enrolment import create_hub
+
+    made = create_hub(HubHome(home), address=address, listen=listen or address, now=datetime.now(UTC))
+    data = {
+        "hub_key": made.hub_key,
+        "hub_fingerprint": made.hub_fingerprint,
+        "coordinator_key": made.coordinator_key,
+        "coordinator": str(HubHome(home).coordinator),
+    }
+    text = (
+        f"hub made in {home}\n"
+        f"  hub fingerprint     {made.hub_fingerprint}   (each hospital compares it out of band)\n"
+        f"  coordinator key     {made.coordinator_key}   (each hospital names it in policy.toml)\n"
+        f"  coordinator folder  {HubHome(home).coordinator}"
+    )
+    return Outcome(text, data)
+
+
+@hub.command()
+@command
+def admit(
+    home: HubFolder,
+    request: Annotated[Path, typer.Argument(help="request.json from the hospital.", dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="Where to write the admission to send back.", dir_okay=False)],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Sign a hospital's request and put it on the roster. Compare its fingerprints out of band first."""
+    from server.enrolment import admit_site
+
+    try:
+        data = request.read_bytes()
+    except OSError as error:
+        raise UsageError("hub.request", f"{request} cannot be read", remedy="Give the hospital's request.json.") from error
+    admission = admit_site(HubHome(home), data, now=datetime.now(UTC))
+    out.write_bytes(admission.to_bytes())
+    member = admission.member()
+    prints = {"protocol": fingerprint(member.protocol_key), "ledger": fingerprint(member.ledger_key)}
+    text = (
+        f"{admission.name} admitted as site {admission.id}; send {out} back to the hospital\n"
+        f"  protocol key  {prints['protocol']}\n  ledger key    {prints['ledger']}"
+    )
+    return Outcome(text, {"id": admission.id, "name": admission.name, "fingerprints": prints, "admission": str(out)})
+
+
+@hub.command()
+@command
+def run(home: HubFolder, as_json: JsonFlag = False) -> Outcome | None:
+    """Run the server until it is stopped. Prints one line when it listens."""
+    from server.service import Hub
+
+    log_to_stderr()
+    service = Hub(HubHome(home))
+    port = service.start()
+    ready = {"listening": service.listen, "port": port}
+    print(json.dumps(ready) if as_json else f"listening on {service.listen} (port {port})", flush=True)  # noqa: T201
+    service.serve_until_signal()
+    return None
+
+
+@study.command()
+@command
+def submit(
+    manifest: Annotated[Path, typer.Argument(help="The study's TOML file.", dir_okay=False)],
+    as_: CoordinatorFolder,
+    token: Annotated[str, typer.Option(help="32 hex digits; the same token and file give the same study.")] = "",
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Check, sign and submit a study."""
+    from server.submission import prepare
+
+    with _desk(as_) as desk:
+        signed = prepare(CoordinatorHome(as_), manifest, desk, token)
+        info = desk.submit(signed.data, signed.signature)
+    return Outcome(f"study {info.name!r} submitted\n  digest  {info.digest}\n  status  {info.status}", _info(info))
+
+
+@study.command(name="list")
+@command
+def list_(as_: CoordinatorFolder, as_json: JsonFlag = False) -> Outcome:
+    """List all studies of the hub."""
+    with _desk(as_) as desk:
+        studies = desk.studies()
+    lines = [f"{s.digest[:12]}  {s.status:<22} {s.round:>4}/{s.rounds:<4} {s.name}" for s in studies]
+    return Outcome("\n".join(lines) or "no studies", {"studies": [_info(s) for s in studies]})
+
+
+@study.command()
+@command
+def watch(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -> Outcome | None:
+    """Follow a study until it ends; with --json one line an event. Exit 1 unless it is done."""
+    with _desk(as_) as desk:
+        events = desk.watch(desk.resolve(digest))
+        event = None
+        if as_json:
+            for event in events:
+                print(json.dumps(_event(event), sort_keys=True), flush=True)  # noqa: T201
+        else:
+            with Live(console=Console(file=sys.stdout), refresh_per_second=8) as live:
+                for event in events:
+                    live.update(_table(event))
+    if event is None or event.study.status != "done":
+        raise typer.Exit(1)
+    return None
+
+
+@study.command()
+@command
+def abort(
+    digest: Digest,
+    as_: CoordinatorFolder,
+    reason: Annotated[str, typer.Option(help="Why; it is logged.")],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """End a study for good."""
+    with _desk(as_) as desk:
+        info = desk.abort(desk.resolve(digest), reason)
+    return Outcome(f"study {info.name!r}: {info.status}", _info(info))
+
+
+@study.command()
+@command
+def export(
+    digest: Digest,
+    as_: CoordinatorFolder,
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.", dir_okay=False)],
+    round_: Annotated[int, typer.Option("--round", min=0, help="A completed round; 0 is the last.")] = 0,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Write the model of a completed round as safetensors."""
+    with _desk(as_) as desk:
+        state = desk.export(desk.resolve(digest), round_)
+    out.write_bytes(state)
+    return Outcome(f"{out}: {len(state)} bytes", {"out": str(out), "bytes": len(state)})
+
+
+def _desk(folder: Path):  # type: ignore[no-untyped-def]
+    from server.desk import CoordinatorDesk
+
+    return CoordinatorDesk(CoordinatorHome(folder))
+
+
+def _info(info: link_pb2.StudyInfo) -> dict[str, str | int]:
+    return {
+        "digest": info.digest,
+        "name": info.name,
+        "status": info.status,
+        "detail": info.detail,
+        "round": info.round,
+        "rounds": info.rounds,
+        "submitted": info.submitted,
+    }
+
+
+def _event(event: link_pb2.StudyEvent) -> dict[str, object]:
+    return {
+        **_info(event.study),
+        "sites": [
+            {"id": s.id, "name": s.name, "decision": s.decision, "online": s.online} for s in event.sites
+        ],
+        "cohort": list(event.cohort),
+        "seconds": round(event.seconds, 4),
+    }
+
+
+def _table(event: link_pb2.StudyEvent) -> Table:
+    info = event.study
+    title = f"{info.name}: {info.status}, round {info.round} of {info.rounds}"
+    table = Table("site", "decision", "online", "in the last round", title=title, caption=info.detail or None)
+    for site in event.sites:
+        taking_part = "yes" if site.id in event.cohort else "-"
+        table.add_row(site.name, site.decision or "-", "yes" if site.online else "no", taking_part)
+    return table

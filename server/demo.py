@@ -1,0 +1,284 @@
+"""``wardround demo``: a whole federation on this machine, real commands in real processes, on real data.
+
+Source: the Wisconsin breast cancer data of scikit-learn (CC BY 4.0). Rules: every step is a command of the
+product, run as a subprocess; 20 % of the rows are set aside first as a public test set that only the demo
+owns, and no hospital's rows are scored outside that hospital; everything started is ended, also on Ctrl-C
+or an error; ``--seed`` reaches public randomness only (the split), never noise, masks or coins.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import tomli_w
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors.numpy import load as load_safetensors
+
+from common.console import JsonFlag, Outcome, command
+from common.errors import FailureError, UsageError
+from common.privacy.filter import noise_for_filter
+from common.study import Study
+from server.demo_data import HospitalRows, Rows, accuracy, fit_logistic, split_rows
+from server.processes import Processes, free_port
+
+app = typer.Typer(help="A whole federation on this machine.", invoke_without_command=True)
+
+NAMES: Final = ("St. Mary", "Northgate", "Riverside", "Holy Cross", "Eastfield", "Lakeside", "Old Mill", "Parkway")
+DELTA: Final = 1e-6
+STEP_TIMEOUT_S: Final = 60.0
+STUDY_TIMEOUT_S: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One hospital of the demo."""
+
+    name: str
+    home: Path
+    rows: HospitalRows
+
+
+@app.callback(invoke_without_command=True)
+@command
+def demo(
+    out: Annotated[Path | None, typer.Option(help="A new folder; default: a temporary one that is named.")] = None,
+    hospitals: Annotated[int, typer.Option(min=3, max=8, help="How many hospitals.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=200, help="Rounds of training.")] = 10,
+    epsilon: Annotated[float, typer.Option(min=0.1, max=20.0, help="Each hospital's cap for epsilon.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the split of the public data, nothing else.")] = 0,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Run a federation from nothing to a trained model and say what it cost each hospital in privacy."""
+    folder = _folder(out)
+    console = Console(stderr=True, quiet=as_json)
+    console.print(f"wardround demo in [bold]{folder}[/bold]")
+    started = time.monotonic()
+    with Processes(folder / "logs") as processes:
+        return _run(processes, folder, console, hospitals, rounds, epsilon, seed, started)
+
+
+def _folder(out: Path | None) -> Path:
+    if out is None:
+        return Path(tempfile.mkdtemp(prefix="wardround-demo-"))
+    if out.exists() and any(out.iterdir()):
+        raise UsageError("demo.out", f"{out} is not empty", remedy="Name a new folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    return out.resolve()
+
+
+def _run(
+    processes: Processes,
+    folder: Path,
+    console: Console,
+    hospitals: int,
+    rounds: int,
+    epsilon: float,
+    seed: int,
+    started: float,
+) -> Outcome:
+    template = tomllib.loads(files("server").joinpath("templates/breast_cancer.toml").read_text(encoding="utf-8"))
+    test, parts = split_rows(hospitals, seed)
+    sites = [Site(NAMES[i], folder / "sites" / f"{i + 1}", rows) for i, rows in enumerate(parts)]
+    with console.status("making keys, admitting hospitals"):
+        coordinator_key = _found(processes, folder, sites, epsilon)
+    study, toml = _study(template, folder, sites, rounds, epsilon)
+    with console.status("starting the hub and the agents"):
+        _start(processes, folder, sites)
+    submitted = processes.json("study", "submit", str(toml), "--as", str(folder / "hub" / "coordinator"))
+    digest = str(submitted["digest"])
+    with console.status("each hospital reads the study and approves it"):
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(lambda site: _approve(processes, site, digest), sites))
+    history = _watch(processes, folder, console, digest, rounds)
+    result = _result(processes, folder, sites, study, test, digest, history)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    del coordinator_key
+    return Outcome(_summary(console, result, folder), result)
+
+
+def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float) -> str:
+    """Make the hub and the hospitals and admit each; policies name the coordinator, the data and the cap."""
+    port = free_port()
+    hub = processes.json("hub", "init", "--home", str(folder / "hub"), "--address", f"127.0.0.1:{port}")
+
+    def make(site: Site) -> None:
+        site.home.parent.mkdir(parents=True, exist_ok=True)
+        processes.json(
+            "site", "init", "--home", str(site.home), "--name", site.name, "--hub", f"127.0.0.1:{port}"
+        )
+        table = site.home / "breast-cancer.csv"
+        site.rows.write_csv(table)
+        policy_path = site.home / "policy.toml"
+        policy = tomllib.loads(policy_path.read_text(encoding="utf-8"))
+        policy["register"] |= {"epsilon_t": epsilon, "epsilon_w": epsilon, "delta": DELTA}
+        policy["rules"]["coordinators"] = [hub["coordinator_key"]]
+        policy["data"] = {"breast-cancer": {"source": f"csv:{table}"}}
+        policy_path.write_text(tomli_w.dumps(policy), encoding="utf-8")
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        list(pool.map(make, sites))
+    for site in sites:
+        processes.json(
+            "hub", "admit", "--home", str(folder / "hub"), str(site.home / "request.json"),
+            "--out", str(site.home / "admission.json"),
+        )  # fmt: skip
+    return str(hub["coordinator_key"])
+
+
+def _study(
+    template: dict[str, Any], folder: Path, sites: list[Site], rounds: int, epsilon: float
+) -> tuple[Study, Path]:
+    """The template with this demo's members, rounds, and the least noise whose whole study fits the cap."""
+    template["members"] = [site.name for site in sites]
+    template["training"]["rounds"] = rounds
+    template["training"]["patients_public"] = max(1, 455 // len(sites))
+    features, classes = len(template["contract"]["features"]), len(template["contract"]["label"]["classes"])
+    template["privacy"]["noise_multiplier"] = noise_for_filter(
+        epsilon,
+        DELTA,
+        rounds * template["training"]["steps"],
+        rounds,
+        dim=(features + 1) * classes,
+        members=len(sites),
+    )
+    path = folder / "study.toml"
+    path.write_text(tomli_w.dumps(template), encoding="utf-8")
+    return Study.from_toml(path.read_text(encoding="utf-8")), path
+
+
+def _start(processes: Processes, folder: Path, sites: list[Site]) -> None:
+    hub = processes.start("hub", "hub", "run", "--home", str(folder / "hub"), "--json")
+    hub.wait_for_line("listening", STEP_TIMEOUT_S)
+    for site in sites:
+        processes.start(f"site-{site.home.name}", "site", "run", "--home", str(site.home), "--once")
+
+
+def _approve(processes: Processes, site: Site, digest: str) -> None:
+    def arrived() -> bool:
+        pending = processes.json("site", "approve", "--home", str(site.home))
+        return any(entry["digest"] == digest for entry in pending["studies"])
+
+    _until(arrived, f"the study did not reach {site.name}")
+    processes.json("site", "approve", digest, "--home", str(site.home), "--yes", "--by", "demo")
+
+
+def _until(condition: Callable[[], bool], problem: str) -> None:
+    deadline = time.monotonic() + STEP_TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise FailureError("demo.timeout", problem, remedy="Read the logs folder.")
+        time.sleep(0.3)
+
+
+def _watch(
+    processes: Processes, folder: Path, console: Console, digest: str, rounds: int
+) -> list[dict[str, Any]]:
+    """Follow the study; one metrics line a completed round."""
+    watcher = processes.start(
+        "watch", "study", "watch", digest, "--as", str(folder / "hub" / "coordinator"), "--json"
+    )
+    history: list[dict[str, Any]] = []
+    columns = (
+        TextColumn("[bold]round"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    last: dict[str, Any] = {}
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("waiting", total=rounds)
+        for line in watcher.lines(STUDY_TIMEOUT_S):
+            last = json.loads(line)
+            if last["round"] and (not history or history[-1]["round"] != last["round"]):
+                history.append({key: last[key] for key in ("round", "cohort", "seconds")})
+            progress.update(
+                bar,
+                completed=last["round"],
+                description=f"{last['status']}, {len(last['cohort'])} hospitals in the last round",
+            )
+    if last.get("status") != "done":
+        raise FailureError(
+            "demo.study",
+            f"the study ended as {last.get('status', 'unknown')!r}: {last.get('detail', '')}",
+            remedy=f"Read the logs in {folder / 'logs'}.",
+        )
+    return history
+
+
+def _result(
+    processes: Processes,
+    folder: Path,
+    sites: list[Site],
+    study: Study,
+    test: Rows,
+    digest: str,
+    history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Score on the public test set; local and pooled references are plain logistic regressions."""
+    from server.desk import CoordinatorDesk
+    from server.home import CoordinatorHome
+
+    x_test, y_test = study.contract.encode(test.columns)
+    with CoordinatorDesk(CoordinatorHome(folder / "hub" / "coordinator")) as desk:
+        for entry in history:
+            model = load_safetensors(desk.export(digest, entry["round"]))
+            entry["accuracy"] = accuracy(model["weight"], model["bias"], x_test, y_test)
+    processes.json(
+        "study", "export", digest, "--as", str(folder / "hub" / "coordinator"),
+        "--out", str(folder / "model.safetensors"),
+    )  # fmt: skip
+    model = load_safetensors((folder / "model.safetensors").read_bytes())
+    encoded = [study.contract.encode(site.rows.columns) for site in sites]
+    local = [accuracy(*fit_logistic(x, y), x_test, y_test) for x, y in encoded]
+    pooled = fit_logistic(np.concatenate([x for x, _ in encoded]), np.concatenate([y for _, y in encoded]))
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        budgets = list(
+            pool.map(lambda site: processes.json("site", "budget", "--home", str(site.home)), sites)
+        )
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for entry in history:
+            file.write(json.dumps(entry, sort_keys=True) + "\n")
+    return {
+        "out": str(folder),
+        "study": digest,
+        "accuracy": accuracy(model["weight"], model["bias"], x_test, y_test),
+        "local_accuracy": dict(zip((s.name for s in sites), local, strict=True)),
+        "pooled_accuracy": accuracy(*pooled, x_test, y_test),
+        "sites": [
+            {"name": s.name, "epsilon": b["epsilon_t"], "cap": b["cap_t"]} for s, b in zip(sites, budgets, strict=True)
+        ],
+        "rounds": len(history),
+    }
+
+
+def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
+    table = Table(title="Accuracy on the public test set, and what it cost in privacy")
+    table.add_column("model")
+    table.add_column("accuracy", justify="right")
+    table.add_column("epsilon spent / cap", justify="right")
+    table.add_row("all hospitals together, private (global model)", f"{result['accuracy']:.3f}", "see below")
+    for site in result["sites"]:
+        own = result["local_accuracy"][site["name"]]
+        table.add_row(
+            f"{site['name']}: its own rows alone", f"{own:.3f}", f"{site['epsilon']:.3f} / {site['cap']:.1f}"
+        )
+    table.add_row("all rows pooled, without privacy (reference)", f"{result['pooled_accuracy']:.3f}", "-")
+    console.print(table)
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    return (
+        f"model    {folder / 'model.safetensors'}\nmetrics  {folder / 'metrics.jsonl'}\n"
+        f"seconds  {result['seconds']}"
+    )

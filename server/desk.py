@@ -1,0 +1,114 @@
+"""The coordinator's end of the Studies service: a blocking client over mutual TLS.
+
+Rules: the hub's roster is verified under the key in ``coordinator.toml``; errors of the hub come back as
+the same error types with the same exit codes.
+"""
+
+import json
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+
+from common import link_pb2, link_pb2_grpc
+from common.errors import FailureError, RefusedError, UnreachableError, UsageError, VerificationError, WardroundError
+from common.identity import key_bytes, read_secret
+from common.roster import Roster, SignedRoster
+from server.home import CoordinatorHome
+
+TIMEOUT_S: Final = 30.0
+BY_EXIT_CODE: Final[dict[int, type[WardroundError]]] = {
+    error.exit_code: error for error in (FailureError, UsageError, RefusedError, VerificationError)
+}
+
+
+def _raised(error: grpc.RpcError, address: str) -> WardroundError:
+    code, details = error.code(), error.details() or ""  # type: ignore[attr-defined]
+    if code == grpc.StatusCode.FAILED_PRECONDITION:
+        try:
+            sent = json.loads(details)
+            kind = BY_EXIT_CODE.get(sent["exit"], FailureError)
+            return kind(str(sent["code"]), str(sent["problem"]), remedy=str(sent["remedy"]))
+        except (ValueError, KeyError, TypeError):
+            return FailureError("studies.error", "the hub answered with an error that cannot be read")
+    return UnreachableError(
+        "studies.unreachable",
+        f"the hub at {address} cannot be reached ({code.name})",
+        remedy="Check the address and that 'wardround hub run' is up, then try again.",
+    )
+
+
+class CoordinatorDesk:
+    """A connection to the hub as a coordinator. Use as a context manager."""
+
+    def __init__(self, home: CoordinatorHome) -> None:
+        self._settings = home.load_settings()
+        credentials = grpc.ssl_channel_credentials(
+            home.authority.read_bytes(), read_secret(home.tls_key), home.certificate.read_bytes()
+        )
+        self._channel = grpc.secure_channel(self._settings.hub, credentials)
+        self._stub: Any = link_pb2_grpc.StudiesStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    @property
+    def hub_key(self) -> bytes:
+        """The hub's raw verify key, 32 bytes."""
+        return key_bytes(self._settings.hub_key)
+
+    def _call(self, method: str, request: Any) -> Any:
+        try:
+            return getattr(self._stub, method)(request, timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise _raised(error, self._settings.hub) from error
+
+    def _stream(self, method: str, request: Any) -> Iterator[Any]:
+        try:
+            yield from getattr(self._stub, method)(request)
+        except grpc.RpcError as error:
+            raise _raised(error, self._settings.hub) from error
+
+    def roster(self) -> tuple[SignedRoster, Roster]:
+        """The hub's current roster, verified. Raises VerificationError."""
+        document = self._call("Roster", link_pb2.Empty())
+        signed = SignedRoster(document.data, document.signature)
+        return signed, signed.verify(self.hub_key)
+
+    def submit(self, manifest: bytes, signature: bytes) -> link_pb2.StudyInfo:
+        """Hand in a signed manifest; the same one twice is the same study."""
+        info: link_pb2.StudyInfo = self._call("Submit", link_pb2.Document(data=manifest, signature=signature))
+        return info
+
+    def studies(self) -> list[link_pb2.StudyInfo]:
+        """All studies of the hub."""
+        return list(self._call("List", link_pb2.Empty()).studies)
+
+    def resolve(self, prefix: str) -> str:
+        """The full digest that starts with ``prefix`` (at least 6 hex digits). Raises UsageError."""
+        found = [info.digest for info in self.studies() if len(prefix) >= 6 and info.digest.startswith(prefix)]
+        if len(found) != 1:
+            raise UsageError(
+                "study.digest", f"{prefix!r} names {len(found)} studies", remedy="See 'wardround study list'."
+            )
+        return found[0]
+
+    def abort(self, digest: str, reason: str) -> link_pb2.StudyInfo:
+        """End a study for good."""
+        info: link_pb2.StudyInfo = self._call("Abort", link_pb2.AbortRequest(digest=digest, reason=reason))
+        return info
+
+    def watch(self, digest: str) -> Iterator[link_pb2.StudyEvent]:
+        """Events until the study has ended."""
+        yield from self._stream("Watch", link_pb2.StudyReference(digest=digest))
+
+    def export(self, digest: str, round_number: int = 0) -> bytes:
+        """The safetensors file after a completed round, 0 for the last."""
+        request = link_pb2.ExportRequest(digest=digest, round=round_number)
+        return b"".join(document.data for document in self._stream("Export", request))

@@ -1,0 +1,130 @@
+"""Making a hub and admitting hospitals: the authority signs, the roster grows.
+
+Source: DESIGN "Three people, one program"; PROTOCOL "Roster". Rules: a request is verified whole (three
+distinct keys, a proof of possession for each) before anything is stored; the hub's private keys are made
+here and stay in its folder; hospitals' private keys are never seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+
+from common import identity
+from common.certificates import Authority, Peer, new_tls_key_and_csr, tls_fingerprint
+from common.enrolment import Admission, AdmissionRequest
+from common.errors import RefusedError, UsageError
+from common.roster import Member, Roster, SignedRoster
+from server.home import CoordinatorHome, HubHome
+from server.store import SiteRow, Store
+
+
+@dataclass(frozen=True, slots=True)
+class NewHub:
+    """What ``hub init`` prints."""
+
+    hub_key: str
+    hub_fingerprint: str
+    coordinator_key: str
+
+
+def _hosts(address: str) -> tuple[str, ...]:
+    host = address.rpartition(":")[0].strip("[]")
+    return tuple(dict.fromkeys((host, "localhost", "127.0.0.1")))
+
+
+def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> NewHub:
+    """Make the folder of a hub and of its first coordinator. Raises UsageError when it exists already."""
+    if home.settings.exists():
+        raise UsageError("hub.exists", f"{home.folder} holds a hub already", remedy="Choose a new folder.")
+    for folder in (home.folder, home.server_key.parent, home.authority, home.coordinator):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    authority = Authority.create("wardround hub", now)
+    authority.save(home.authority)
+    key_pem, csr_pem = new_tls_key_and_csr("hub")
+    identity.write_secret(home.server_key, key_pem)
+    home.server_certificate.write_bytes(authority.issue_server(csr_pem, _hosts(address), now))
+    hub_key = identity.new_signing_key()
+    identity.save_signing_key(home.hub_key, hub_key)
+    hub_public = identity.public_bytes(hub_key)
+    coordinator_key = _create_coordinator(home, authority, address, hub_public, now)
+    Store.open(home.database).close()
+    # The settings come last: a folder without them is not a hub, so a crash before this line loses nothing.
+    home.settings.write_text(f'listen = "{listen}"\naddress = "{address}"\n', encoding="utf-8")
+    home.load_settings()
+    return NewHub(identity.key_text(hub_public), identity.fingerprint(hub_public), coordinator_key)
+
+
+def _create_coordinator(home: HubHome, authority: Authority, address: str, hub_public: bytes, now: datetime) -> str:
+    coordinator = CoordinatorHome(home.coordinator)
+    key_pem, csr_pem = new_tls_key_and_csr("coordinator")
+    identity.write_secret(coordinator.tls_key, key_pem)
+    coordinator.certificate.write_bytes(authority.issue_client(csr_pem, "coordinator", 1, "coordinator", now))
+    coordinator.authority.write_bytes(authority.certificate_pem)
+    signing = identity.new_signing_key()
+    identity.save_signing_key(coordinator.signing_key, signing)
+    coordinator.settings.write_text(
+        f'hub = "{address}"\nhub_key = "{identity.key_text(hub_public)}"\n', encoding="utf-8"
+    )
+    return identity.key_text(identity.public_bytes(signing))
+
+
+def roster_of(sites: Sequence[SiteRow]) -> Roster:
+    """The roster of the admitted sites, by id."""
+    return Roster(tuple(Member(row.id, row.name, row.protocol_key, row.ledger_key) for row in sites))
+
+
+def sign_roster(home: HubHome, sites: Sequence[SiteRow]) -> SignedRoster:
+    """The current roster under the hub's signature."""
+    return roster_of(sites).sign(identity.load_signing_key(home.hub_key))
+
+
+def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admission:
+    """Verify a request, certify its TLS key, store the site and return what goes back to it.
+
+    Raises: VerificationError for a bad request, RefusedError for a name or key that is known already.
+    """
+    settings = home.load_settings()
+    request = AdmissionRequest.from_bytes(request_bytes)
+    authority = Authority.load(home.authority)
+    store = Store.open(home.database)
+    try:
+        site_id = store.next_site_id()
+        certificate = authority.issue_client(request.csr_pem, "site", site_id, request.name, now)
+        store.add_site(
+            site_id,
+            name=request.name,
+            protocol_key=identity.key_bytes(request.protocol_key),
+            ledger_key=identity.key_bytes(request.ledger_key),
+            tls_fingerprint=tls_fingerprint(certificate),
+            admitted=now.strftime("%Y-%m-%dT%H:%MZ"),
+        )
+        signed = sign_roster(home, store.sites())
+    finally:
+        store.close()
+    hub_key = identity.load_signing_key(home.hub_key)
+    return Admission(
+        id=site_id,
+        name=request.name,
+        certificate_pem=certificate,
+        authority_pem=authority.certificate_pem,
+        hub_key=identity.key_text(identity.public_bytes(hub_key)),
+        address=settings.address,
+        roster=signed,
+    )
+
+
+def admitted(store: Store, peer: Peer) -> None:
+    """Whether a peer's certificate is that of an admitted site, key for key.
+
+    Guarantee: only_the_roster_attaches - a certificate of the right authority with another key, id or name
+    is refused.
+    Raises: RefusedError saying which.
+    """
+    row = store.site(peer.number)
+    if row is None:
+        raise RefusedError("link.unknown-site", f"site {peer.number} is not on the roster")
+    if row.name != peer.name:
+        raise RefusedError("link.name", f"the certificate of site {peer.number} carries another name")
+    if row.tls_fingerprint != peer.tls_fingerprint:
+        raise RefusedError("link.wrong-key", f"the certificate of site {peer.number} holds another key than admitted")

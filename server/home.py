@@ -1,0 +1,129 @@
+"""The hub's folder: its authority, its keys, its settings, and the credentials of its first coordinator.
+
+Source: DESIGN "Three people, one program". Rules: private keys are files of mode 0600 that never leave
+the folder; the coordinator's folder is made beside them to be handed over, and is not needed by the hub.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common import identity
+from common.certificates import Authority, new_tls_key_and_csr
+from common.errors import UsageError
+
+Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")]
+
+
+class HubSettings(BaseModel):
+    """``hub.toml``: where the hub listens and under which address sites and coordinators dial it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    listen: Address
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class HubHome:
+    """Paths inside the hub's folder."""
+
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        """``hub.toml``."""
+        return self.folder / "hub.toml"
+
+    @property
+    def authority(self) -> Path:
+        """Folder of the certificate authority."""
+        return self.folder / "authority"
+
+    @property
+    def server_key(self) -> Path:
+        """The link's private key."""
+        return self.folder / "keys" / "server.pem"
+
+    @property
+    def server_certificate(self) -> Path:
+        """The link's certificate."""
+        return self.folder / "server-certificate.pem"
+
+    @property
+    def hub_key(self) -> Path:
+        """The Ed25519 key that signs rosters, round starts and results."""
+        return self.folder / "keys" / "hub.pem"
+
+    @property
+    def database(self) -> Path:
+        """Sites, studies, rounds."""
+        return self.folder / "hub.db"
+
+    @property
+    def coordinator(self) -> Path:
+        """Credentials to hand to the first coordinator."""
+        return self.folder / "coordinator"
+
+    def load_settings(self) -> HubSettings:
+        """Read ``hub.toml``. Raises UsageError."""
+        return _load(self.settings, HubSettings, "Run 'wardround hub init' in a new folder.")
+
+
+class CoordinatorSettings(BaseModel):
+    """``coordinator.toml``: the hub to talk to and the key it signs with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    hub: Address
+    hub_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorHome:
+    """Paths inside a coordinator's folder."""
+
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        """``coordinator.toml``."""
+        return self.folder / "coordinator.toml"
+
+    @property
+    def tls_key(self) -> Path:
+        """The private key of the connection."""
+        return self.folder / "tls.pem"
+
+    @property
+    def certificate(self) -> Path:
+        """The certificate of the connection."""
+        return self.folder / "certificate.pem"
+
+    @property
+    def authority(self) -> Path:
+        """The hub's authority certificate."""
+        return self.folder / "authority.pem"
+
+    @property
+    def signing_key(self) -> Path:
+        """The Ed25519 key that signs manifests."""
+        return self.folder / "coordinator.pem"
+
+    def load_settings(self) -> CoordinatorSettings:
+        """Read ``coordinator.toml``. Raises UsageError."""
+        return _load(self.settings, CoordinatorSettings, "Give --as the folder that 'hub init' made.")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _load(path: Path, model: type[Model], remedy: str) -> Model:
+    try:
+        return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise UsageError("settings.missing", f"{path} is missing", remedy=remedy) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
+        raise UsageError("settings.invalid", f"{path}: {error}", remedy="Correct the file.") from error

@@ -1,0 +1,137 @@
+"""Real commands as subprocesses: run one, start one that stays, end everything that was started.
+
+Rules: every process gets its own log; ending means SIGTERM, then SIGKILL after a grace, by pid, for what was
+started here and nothing else; a failing command becomes one clear error with its own message.
+"""
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from common.errors import FailureError
+
+COMMAND_TIMEOUT_S: Final = 120.0
+END_GRACE_S: Final = 5.0
+COMMAND: Final = (sys.executable, "-P", "-m", "wardround")
+
+
+def free_port() -> int:
+    """A port that is free on loopback now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Running:
+    """A started command whose standard output is read line by line."""
+
+    def __init__(self, name: str, process: "subprocess.Popen[str]") -> None:
+        self.name = name
+        self.process = process
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, name=f"read-{name}", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        stream = self.process.stdout
+        if stream is not None:
+            for line in stream:
+                self._lines.put(line.rstrip("\n"))
+        self._lines.put(None)
+
+    def lines(self, timeout_s: float) -> Iterator[str]:
+        """Lines until the process closes its output. Raises FailureError after ``timeout_s`` in all."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                raise FailureError("process.timeout", f"{self.name} gave no end in {timeout_s:.0f} s") from None
+            if line is None:
+                return
+            yield line
+
+    def wait_for_line(self, text: str, timeout_s: float) -> str:
+        """The first line that holds ``text``. Raises FailureError when the process ends before."""
+        for line in self.lines(timeout_s):
+            if text in line:
+                return line
+        raise FailureError("process.ended", f"{self.name} ended before it was ready", remedy="Read its log.")
+
+    def end(self) -> int:
+        """Terminate, then kill after a grace; the exit code."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(END_GRACE_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        code = self.process.wait(END_GRACE_S)
+        self._reader.join(END_GRACE_S)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return code
+
+
+class Processes:
+    """All commands of one demo. As a context manager it ends what it started, whatever happened."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._running: list[Running] = []
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for running in self._running:
+            if running.process.poll() is None:
+                running.process.terminate()
+        for running in reversed(self._running):
+            running.end()
+
+    def start(self, name: str, *arguments: str) -> Running:
+        """Start a command that stays; its standard error goes to ``logs/NAME.log``."""
+        with (self._logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*COMMAND, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        running = Running(name, process)
+        self._running.append(running)
+        return running
+
+    def json(self, *arguments: str) -> dict[str, Any]:
+        """Run a command with ``--json`` and give its data. Raises FailureError with its message."""
+        result = subprocess.run(
+            [*COMMAND, *arguments, "--json"],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+        if result.returncode != 0:
+            raise FailureError(
+                "process.failed",
+                f"'wardround {' '.join(arguments[:2])}' ended with {result.returncode}: {result.stderr.strip()}",
+            )
+        data: dict[str, Any] = json.loads(result.stdout)["data"]
+        return data
