@@ -1,11 +1,14 @@
-"""X.509 for the link: the hub's authority, its server certificate, and client certificates by role.
+"""X.509 for the link: the hub's own authority, its server certificate, and one certificate a party.
 
-Source: RFC 5280; RFC 6125 (subject alternative names). Rules: EC P-256 keys; a client certificate carries
-who it is as one URI, ``wardround:ROLE:NUMBER``, and nothing that a request asked for; times are arguments.
+Source: RFC 5280 (profile), RFC 6125 (names of servers), RFC 2986 (requests), NIST FIPS 186-5 (P-256).
+Rules: every key is EC P-256; the authority signs a request's public key and nothing else of it (what the
+certificate says is decided by the hub alone); a party is named by exactly one URI, ``wardround:site:3``
+or ``wardround:coordinator:1``; a client certificate cannot serve and a server certificate cannot call.
 """
 
 import hashlib
 import ipaddress
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,215 +18,339 @@ from typing import Final, Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from common.errors import VerificationError
-from common.identity import read_secret, write_secret
+from common.errors import UsageError, VerificationError
+from common.identity import MAX_ID, check_name, read_secret, write_secret
 
 Role = Literal["site", "coordinator"]
-ROLES: Final[tuple[Role, ...]] = ("site", "coordinator")
-AUTHORITY_LIFETIME: Final = timedelta(days=3650)
-LIFETIME: Final = timedelta(days=825)
-BACKDATE: Final = timedelta(minutes=5)
-NAME: Final = re.compile(r"[A-Za-z0-9 .'_-]{1,64}")
+
+AUTHORITY_LIFETIME: Final = timedelta(days=3653)
+LEAF_LIFETIME: Final = timedelta(days=825)
+BACKDATED: Final = timedelta(hours=1)
+"""Certificates begin in the past by this much, so that a clock a little behind accepts them."""
+MAX_PEM_BYTES: Final = 1 << 16
+
 _IDENTITY: Final = re.compile(r"wardround:(site|coordinator):([1-9][0-9]{0,4})")
+_HOST_LABEL: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST: Final = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*")
+_SERVER_NAME: Final = "wardround hub"
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who a client certificate says the other end is; ``tls_fingerprint`` is SHA-256 of its public key."""
+    """Who a client certificate says it is. ``number`` is the site's or coordinator's id, 1 to 65535."""
 
-    role: str
+    role: Role
     number: int
     name: str
     tls_fingerprint: str
 
 
-def _subject(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-
-
-def _spki_digest(public_key: ec.EllipticCurvePublicKey) -> str:
-    return hashlib.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
-
-
-def new_tls_key_and_csr(name: str) -> tuple[bytes, bytes]:
-    """A fresh P-256 private key (PEM) and a request for it (PEM)."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    request = x509.CertificateSigningRequestBuilder().subject_name(_subject(name)).sign(key, hashes.SHA256())
-    return (
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
-        request.public_bytes(Encoding.PEM),
-    )
-
-
-def requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
-    """The public key of a request whose own signature holds. Raises VerificationError."""
-    try:
-        request = x509.load_pem_x509_csr(csr_pem)
-        key = request.public_key()
-        valid = request.is_signature_valid
-    except (ValueError, InvalidSignature) as error:
-        raise VerificationError("certificates.request", "the certificate request is malformed") from error
-    if not valid or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise VerificationError("certificates.request", "the certificate request is not signed by its P-256 key")
-    return key
-
-
-def _key_usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
+@dataclass(frozen=True, slots=True)
 class Authority:
-    """The hub's certificate authority.
+    """The certificate authority of one hub."""
 
-    Guarantee: requests_choose_nothing - a certificate holds the request's key and nothing else of it.
-    """
-
-    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
-        self._key = key
-        self._certificate = certificate
-
-    @classmethod
-    def create(cls, name: str, now: datetime) -> "Authority":
-        """A fresh authority, valid for ten years."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(_subject(name))
-            .issuer_name(_subject(name))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - BACKDATE)
-            .not_valid_after(now + AUTHORITY_LIFETIME)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(authority=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        return cls(key, certificate)
-
-    @classmethod
-    def load(cls, folder: Path) -> "Authority":
-        """Read ``authority.pem`` and its key. Raises RefusedError or VerificationError."""
-        try:
-            key = load_pem_private_key(read_secret(folder / "authority-key.pem"), password=None)
-            certificate = x509.load_pem_x509_certificate((folder / "authority.pem").read_bytes())
-        except (OSError, ValueError) as error:
-            raise VerificationError("certificates.authority", f"{folder} holds no authority") from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-            raise VerificationError("certificates.authority", f"the key in {folder} is not the authority's")
-        return cls(key, certificate)
-
-    def save(self, folder: Path) -> None:
-        """Write the certificate and, as a secret, its key."""
-        pem = self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_secret(folder / "authority-key.pem", pem)
-        (folder / "authority.pem").write_bytes(self.certificate_pem)
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
 
     @property
     def certificate_pem(self) -> bytes:
-        """The authority's certificate."""
-        return self._certificate.public_bytes(Encoding.PEM)
+        """The public certificate, which every party trusts for this hub alone."""
+        return _pem(self.certificate)
+
+    @classmethod
+    def create(cls, name: str, now: datetime) -> "Authority":
+        """A new authority, valid ten years from ``now`` (aware). Raises UsageError on a bad name."""
+        _check_aware(now)
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = _common_name(check_name(name, "name of the authority"))
+        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        builder = _builder(subject, subject, key.public_key(), now - BACKDATED, now + AUTHORITY_LIFETIME)
+        builder = (
+            builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(authority=True), critical=True)
+            .add_extension(identifier, critical=False)
+        )
+        return cls(builder.sign(key, hashes.SHA256()), key)
+
+    def save(self, folder: Path) -> None:
+        """Write ``authority.key`` (a secret) and ``authority.pem`` into an existing folder.
+
+        Raises: RefusedError when the key is there already.
+        """
+        write_secret(folder / "authority.key", private_key_pem(self.key))
+        with (folder / "authority.pem").open("wb") as file:
+            file.write(self.certificate_pem)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Authority":
+        """Read what save wrote. Raises RefusedError or VerificationError."""
+        try:
+            key = serialization.load_pem_private_key(read_secret(folder / "authority.key"), password=None)
+            certificate = read_certificate((folder / "authority.pem").read_bytes(), "authority certificate")
+        except (OSError, ValueError, TypeError) as error:
+            raise VerificationError(
+                "certificates.authority-files",
+                f"the authority in {folder} cannot be read",
+                remedy="Restore authority.key and authority.pem from the backup of the hub's keys.",
+            ) from error
+        if (
+            not isinstance(key, ec.EllipticCurvePrivateKey)
+            or certificate.public_key() != key.public_key()
+            or not isinstance(key.curve, ec.SECP256R1)
+        ):
+            raise VerificationError(
+                "certificates.authority-key", f"authority.key and authority.pem in {folder} do not match"
+            )
+        return cls(certificate, key)
 
     def issue_server(self, csr_pem: bytes, hosts: Sequence[str], now: datetime) -> bytes:
-        """A server certificate (PEM) for host names and addresses."""
-        return self._issue(csr_pem, "hub", [_general_name(h) for h in hosts], ExtendedKeyUsageOID.SERVER_AUTH, now)
+        """A server certificate (PEM) for the request's key, valid for each host name or address in ``hosts``.
+
+        Raises: UsageError on a bad host or none; VerificationError on a bad request or expired authority.
+        """
+        if not hosts or len(set(hosts)) != len(hosts):
+            raise UsageError(
+                "certificates.hosts", "the hosts of a server certificate are one or more, each once"
+            )
+        names = x509.SubjectAlternativeName([_host_name(host) for host in hosts])
+        return self._issue(csr_pem, _SERVER_NAME, names, ExtendedKeyUsageOID.SERVER_AUTH, now)
 
     def issue_client(self, csr_pem: bytes, role: Role, number: int, name: str, now: datetime) -> bytes:
-        """A client certificate (PEM) for a role, its number from 1 to 65535, and a name."""
+        """A client certificate (PEM) that names the holder of the request's key as this party.
+
+        Guarantee: nothing_of_a_request_is_copied_but_its_key - subject and extensions in it are ignored.
+
+        Raises: UsageError on a bad role, number or name; VerificationError on a bad request or expired
+        authority.
+        """
         uri = f"wardround:{role}:{number}"
-        if not _IDENTITY.fullmatch(uri) or not 1 <= number <= 65535 or not NAME.fullmatch(name):
-            raise VerificationError("certificates.name", "a certificate needs a known role, a number and a name")
-        return self._issue(
-            csr_pem, name, [x509.UniformResourceIdentifier(uri)], ExtendedKeyUsageOID.CLIENT_AUTH, now
-        )
+        if not _IDENTITY.fullmatch(uri) or number > MAX_ID:
+            raise UsageError("certificates.identity", f"{role!r} with number {number} is not a party")
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])
+        check_name(name, "name of the party")
+        return self._issue(csr_pem, name, names, ExtendedKeyUsageOID.CLIENT_AUTH, now)
 
     def _issue(
         self,
         csr_pem: bytes,
         name: str,
-        names: Sequence[x509.GeneralName],
-        usage: x509.ObjectIdentifier,
+        names: x509.SubjectAlternativeName,
+        purpose: x509.ObjectIdentifier,
         now: datetime,
     ) -> bytes:
-        key = requested_key(csr_pem)
-        issuer = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(_subject(name))
-            .issuer_name(self._certificate.subject)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - BACKDATE)
-            .not_valid_after(now + LIFETIME)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(authority=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), critical=False
+        _check_aware(now)
+        public = read_request(csr_pem)
+        if not self.certificate.not_valid_before_utc <= now < self.certificate.not_valid_after_utc:
+            raise VerificationError(
+                "certificates.authority-expired",
+                "the hub's authority is not valid at this time",
+                remedy="Check the clock; an expired authority must be made anew and sent to every party.",
             )
-            .sign(self._key, hashes.SHA256())
+        begins = max(now - BACKDATED, self.certificate.not_valid_before_utc)
+        ends = min(now + LEAF_LIFETIME, self.certificate.not_valid_after_utc)
+        authority_identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+        builder = _builder(_common_name(name), self.certificate.subject, public, begins, ends)
+        builder = (
+            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(authority=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(names, critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+            .add_extension(authority_identifier, critical=False)
         )
-        return certificate.public_bytes(Encoding.PEM)
+        return _pem(builder.sign(self.key, hashes.SHA256()))
 
 
-def _general_name(host: str) -> x509.GeneralName:
+def new_tls_key_and_csr(name: str) -> tuple[bytes, bytes]:
+    """A fresh P-256 key (PKCS #8 PEM, a secret) and a request for it (PEM) with ``name`` as common name."""
+    check_name(name, "name in the certificate request")
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = (
+        x509.CertificateSigningRequestBuilder().subject_name(_common_name(name)).sign(key, hashes.SHA256())
+    )
+    return private_key_pem(key), request.public_bytes(serialization.Encoding.PEM)
+
+
+def private_key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """PKCS #8 PEM, unencrypted: goes only into write_secret and the TLS library."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def read_request(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
+    """The public key of a certificate request.
+
+    Guarantee: forged_requests_are_refused - the request must be one PEM block in its own encoding, signed
+    by the key it holds, and that key must be EC P-256.
+
+    Raises: VerificationError.
+    """
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        return x509.DNSName(host)
+        if len(csr_pem) > MAX_PEM_BYTES:
+            raise ValueError("too long")
+        request = x509.load_pem_x509_csr(csr_pem)
+        key = request.public_key()
+        proven = request.is_signature_valid
+    except (ValueError, InvalidSignature, TypeError) as error:
+        raise VerificationError("certificates.request", "the certificate request cannot be read") from error
+    if request.public_bytes(serialization.Encoding.PEM) != csr_pem:
+        raise VerificationError(
+            "certificates.request", "the certificate request is not exactly one PEM block"
+        )
+    if not proven:
+        raise VerificationError(
+            "certificates.request-proof", "the certificate request is not signed by its key"
+        )
+    return _p256(key, "certificate request")
 
 
-def tls_fingerprint(certificate_pem: bytes) -> str:
-    """SHA-256 of the certificate's public key (SubjectPublicKeyInfo), hex."""
-    return peer_identity(certificate_pem).tls_fingerprint
+def read_certificate(certificate_pem: bytes, what: str) -> x509.Certificate:
+    """Exactly one PEM certificate. Raises VerificationError naming ``what``."""
+    try:
+        if len(certificate_pem) > MAX_PEM_BYTES:
+            raise ValueError("too long")
+        certificates = x509.load_pem_x509_certificates(certificate_pem)
+    except ValueError as error:
+        raise VerificationError("certificates.pem", f"the {what} is not a PEM certificate") from error
+    if len(certificates) != 1:
+        raise VerificationError("certificates.pem", f"the {what} must be exactly one certificate")
+    return certificates[0]
 
 
 def peer_identity(certificate_pem: bytes) -> Peer:
-    """Read who a client certificate is for, strictly.
+    """The party that a client certificate names, read strictly.
 
-    Assumes: TLS has verified the chain to the hub's authority and the dates.
-    Raises: VerificationError when it is not exactly one of our client certificates.
+    Guarantee: only_client_certificates_name_a_peer - anything but one URI of the known form, one common
+    name, the client purpose alone, no authority and a P-256 key is refused.
+    Assumes: the TLS library has checked signature, authority and validity of the certificate.
+
+    Raises: VerificationError.
     """
+    certificate = read_certificate(certificate_pem, "peer's certificate")
     try:
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        common_names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-        key = certificate.public_key()
-    except (ValueError, x509.ExtensionNotFound) as error:
-        raise VerificationError("certificates.peer", "the peer's certificate is not one of this hub's") from error
-    uris = [name.value for name in names if isinstance(name, x509.UniformResourceIdentifier)]
-    match = _IDENTITY.fullmatch(uris[0]) if len(uris) == 1 and len(list(names)) == 1 else None
-    if (
-        match is None
-        or list(usage) != [ExtendedKeyUsageOID.CLIENT_AUTH]
-        or len(common_names) != 1
-        or not isinstance(key, ec.EllipticCurvePublicKey)
-    ):
-        raise VerificationError("certificates.peer", "the peer's certificate is not a client certificate of ours")
-    name = common_names[0].value
-    if not isinstance(name, str) or not NAME.fullmatch(name) or int(match[2]) > 65535:
-        raise VerificationError("certificates.peer", "the peer's certificate carries a malformed name")
-    return Peer(match[1], int(match[2]), name, _spki_digest(key))
+        extensions = certificate.extensions
+        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
+        purposes = list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
+        names = list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        subject = [attribute.value for attribute in certificate.subject]
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        raise VerificationError(
+            "certificates.peer", "the peer's certificate lacks what a wardround client certificate has"
+        ) from error
+    if constraints.ca or purposes != [ExtendedKeyUsageOID.CLIENT_AUTH]:
+        raise VerificationError(
+            "certificates.peer-purpose", "the peer's certificate is not for clients alone"
+        )
+    uri = names[0].value if len(names) == 1 and isinstance(names[0], x509.UniformResourceIdentifier) else ""
+    match = _IDENTITY.fullmatch(uri)
+    if match is None or int(match[2]) > MAX_ID:
+        raise VerificationError("certificates.peer-name", "the peer's certificate names no wardround party")
+    common_names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    if len(subject) != 1 or len(common_names) != 1 or not isinstance(common_names[0].value, str):
+        raise VerificationError(
+            "certificates.peer-subject", "the peer's certificate must have one common name"
+        )
+    try:
+        name = check_name(common_names[0].value, "common name of the peer's certificate")
+    except UsageError as error:
+        raise VerificationError("certificates.peer-subject", error.problem) from error
+    role: Role = "site" if match[1] == "site" else "coordinator"
+    return Peer(role, int(match[2]), name, tls_fingerprint(certificate))
+
+
+def tls_fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of the subject public key info (DER), 64 hex digits: the key itself, whoever certifies it."""
+    return key_fingerprint(_p256(certificate.public_key(), "certificate"))
+
+
+def key_fingerprint(public: ec.EllipticCurvePublicKey) -> str:
+    """SHA-256 of a public key's subject public key info (DER), 64 hex digits."""
+    encoded = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(encoded).hexdigest()
+
+
+def check_issued(certificate_pem: bytes, authority_pem: bytes) -> None:
+    """Check that the authority's key signed the certificate. Raises VerificationError."""
+    certificate = read_certificate(certificate_pem, "certificate")
+    authority = read_certificate(authority_pem, "authority certificate")
+    try:
+        constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as error:
+        raise VerificationError(
+            "certificates.issuer", "the certificate is not signed by the authority beside it"
+        ) from error
+    if not constraints.ca:
+        raise VerificationError("certificates.issuer", "the authority beside the certificate is no authority")
+
+
+def _check_aware(now: datetime) -> None:
+    if now.utcoffset() is None:
+        raise UsageError("certificates.time", "the time of issue must carry its time zone")
+
+
+def _common_name(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _host_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        # A numeric last label is a mistyped address, never a name (RFC 1123 section 2.1).
+        if len(host) > 253 or not _HOST.fullmatch(host) or host.split(".")[-1].isdigit():
+            raise UsageError(
+                "certificates.host",
+                f"{host[:64]!r} is neither a host name nor an address",
+                remedy="Give plain names or addresses, without port and without wildcard.",
+            ) from None
+        return x509.DNSName(host.lower())
+
+
+def _p256(key: object, what: str) -> ec.EllipticCurvePublicKey:
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise VerificationError("certificates.key-kind", f"the key of the {what} must be EC P-256")
+    return key
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _builder(
+    subject: x509.Name,
+    issuer: x509.Name,
+    public: ec.EllipticCurvePublicKey,
+    begins: datetime,
+    ends: datetime,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
+    )
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)

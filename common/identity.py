@@ -1,31 +1,54 @@
-"""Keys, signatures, fingerprints and secret files.
+"""Names, Ed25519 keys and signatures, fingerprints for people, and secrets kept in files.
 
-Source: RFC 8032 (Ed25519). Rules: each key has one use (protocol, ledger, coordinator, hub); a secret is a
-file of mode 0600 owned by this user, never a flag, a setting or an environment variable.
+Source: RFC 8032 (Ed25519), RFC 5208 (PKCS #8), PROTOCOL "Bytes", DESIGN "Three people, one program".
+Rules: a key is 32 raw bytes inside the program and ``ed25519:`` text in documents; a public key outside
+the prime-order group is refused before it verifies anything; signed bytes carry a label (common.encoding),
+so one key's signature never means two things; a secret is a file of mode 0600 owned by whoever runs.
 """
 
 import base64
 import binascii
 import hashlib
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 
-from common.errors import RefusedError, VerificationError
+from common.encoding import digest
+from common.errors import RefusedError, UsageError, VerificationError
 
-KEY_PREFIX: Final = "ed25519:"
 KEY_SIZE_BYTES: Final = 32
+SIGNATURE_SIZE_BYTES: Final = 64
 MAX_SECRET_BYTES: Final = 1 << 16
+MAX_ID: Final = 65535
+
+_KEY_PREFIX: Final = "ed25519:"
+_NAME: Final = re.compile(r"[A-Za-z0-9._'-]+(?: [A-Za-z0-9._'-]+)*")
+_FIELD_PRIME: Final = 2**255 - 19
+_ORDER_8_Y: Final = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD83D3D706A17C7
+_SMALL_ORDER_Y: Final = frozenset({0, 1, _FIELD_PRIME - 1, _ORDER_8_Y, _FIELD_PRIME - _ORDER_8_Y})
+"""The y coordinates of the eight points whose order divides the cofactor 8."""
+
+
+def check_name(name: str, what: str) -> str:
+    """``name`` itself when it is a name of a party: 1-64 of letters, digits, single spaces and . ' _ -
+
+    Two names that people would read alike ("A  B" and "A B", or with a space at an end) cannot both exist.
+
+    Raises: UsageError naming ``what``.
+    """
+    if len(name) > 64 or not _NAME.fullmatch(name):
+        raise UsageError(
+            "identity.name",
+            f"the {what} is not a name: 1-64 letters, digits, single spaces and . ' _ - are allowed",
+            remedy="Choose a name of those characters.",
+        )
+    return name
 
 
 def new_signing_key() -> Ed25519PrivateKey:
@@ -33,97 +56,215 @@ def new_signing_key() -> Ed25519PrivateKey:
     return Ed25519PrivateKey.generate()
 
 
-def public_bytes(key: Ed25519PrivateKey) -> bytes:
-    """The raw public key, 32 bytes."""
-    return key.public_key().public_bytes_raw()
+def public_key(private: Ed25519PrivateKey) -> bytes:
+    """The public half, 32 raw bytes."""
+    return private.public_key().public_bytes_raw()
+
+
+def check_public_key(public: bytes, what: str) -> bytes:
+    """``public`` itself when it can be somebody's key: 32 bytes, canonical, not of small order.
+
+    Guarantee: small_order_keys_are_refused - under such a key one signature would fit many messages.
+
+    Raises: VerificationError naming ``what``.
+    """
+    if len(public) != KEY_SIZE_BYTES:
+        raise VerificationError("identity.key-size", f"the {what} must have {KEY_SIZE_BYTES} bytes")
+    y = int.from_bytes(public, "little") & ((1 << 255) - 1)
+    if y >= _FIELD_PRIME or y in _SMALL_ORDER_Y:
+        raise VerificationError("identity.weak-key", f"the {what} is not a usable Ed25519 key")
+    return public
 
 
 def key_text(public: bytes) -> str:
-    """A raw public key as people and files write it: ``ed25519:`` and base64url without padding."""
-    if len(public) != KEY_SIZE_BYTES:
-        raise VerificationError("identity.key", "an Ed25519 public key has 32 bytes")
-    return KEY_PREFIX + base64.urlsafe_b64encode(public).decode().rstrip("=")
+    """``ed25519:`` and 43 characters of unpadded base64url, as documents state a public key."""
+    return _KEY_PREFIX + base64url(check_public_key(public, "key"))
 
 
-def key_bytes(text: str) -> bytes:
-    """The raw key behind key_text.
+def key_bytes(text: str, what: str = "key") -> bytes:
+    """The 32 raw bytes of ``key_text``.
 
-    Guarantee: key_text_is_canonical - only what key_text writes is read.
-    Raises: VerificationError.
+    Guarantee: key_text_is_canonical - only the text that key_text makes is accepted.
+
+    Raises: VerificationError naming ``what``.
     """
+    if not text.startswith(_KEY_PREFIX):
+        raise VerificationError("identity.key-text", f"the {what} does not begin with {_KEY_PREFIX!r}")
+    return check_public_key(base64url_bytes(text[len(_KEY_PREFIX) :], what), what)
+
+
+def base64url(data: bytes) -> str:
+    """Unpadded base64url (RFC 4648 section 5)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def base64url_bytes(text: str, what: str) -> bytes:
+    """The bytes of ``base64url``, canonical only. Raises VerificationError naming ``what``."""
     try:
-        raw = base64.b64decode(text.removeprefix(KEY_PREFIX) + "=", altchars=b"-_", validate=True)
-        Ed25519PublicKey.from_public_bytes(raw)
-    except (binascii.Error, ValueError) as error:
-        raise VerificationError("identity.key", "not an ed25519: key", remedy="Copy the key again.") from error
-    if key_text(raw) != text:
-        raise VerificationError("identity.key", "not an ed25519: key", remedy="Copy the key again.")
-    return raw
+        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    except (ValueError, binascii.Error) as error:
+        raise VerificationError("identity.base64", f"the {what} is not base64url") from error
+    # The decoder skips foreign characters and ignores spare bits: only a round trip is exact.
+    if base64url(data) != text:
+        raise VerificationError("identity.base64", f"the {what} is not in canonical base64url")
+    return data
 
 
-def fingerprint(public: bytes) -> str:
-    """What people compare: the first 16 bytes of SHA-256 in eight groups of four hex digits."""
-    text = hashlib.sha256(public).hexdigest()[:32]
-    return " ".join(text[i : i + 4] for i in range(0, 32, 4))
+def fingerprint(raw: bytes) -> str:
+    """The first 16 bytes of SHA-256 as eight groups of four hex digits, for comparing by voice or eye.
+
+    128 bits: no second key with the fingerprint of a given one can be found. The owner of two keys could
+    make them collide with about 2^64 work, which misleads nobody about another hospital.
+    """
+    text = hashlib.sha256(raw).hexdigest()[:32]
+    return "-".join(text[start : start + 4] for start in range(0, 32, 4))
+
+
+def party_fingerprint(name: str, protocol_key: bytes, ledger_key: bytes) -> str:
+    """One fingerprint for a hospital: over its name and both of its public keys, in this order.
+
+    The hospital reads it from its own admission request, the others from the roster.
+    """
+    return fingerprint(digest("party", name.encode("ascii"), protocol_key, ledger_key))
+
+
+def sign(private: Ed25519PrivateKey, data: bytes) -> bytes:
+    """An Ed25519 signature, 64 bytes.
+
+    Assumes: ``data`` begins with a label (common.encoding.labelled) that says what is signed.
+    """
+    return private.sign(data)
 
 
 def verify(public: bytes, signature: bytes, data: bytes, what: str) -> None:
-    """Check an Ed25519 signature. Raises VerificationError naming ``what``."""
+    """Check an Ed25519 signature.
+
+    Guarantee: forged_signatures_are_refused - another key, message, label or signature does not verify.
+
+    Raises: VerificationError naming ``what``.
+    """
+    check_public_key(public, f"key of the {what}")
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
     except (InvalidSignature, ValueError) as error:
         raise VerificationError(
-            "identity.signature", f"the signature on {what} does not verify", remedy="Ask its sender for it again."
+            "identity.signature",
+            f"the signature of the {what} does not verify",
+            remedy="Compare the key's fingerprint with its owner out of band; do not use this document.",
         ) from error
 
 
 def write_secret(path: Path, data: bytes) -> None:
-    """Create a secret file of mode 0600, durable. Raises RefusedError when it exists already."""
+    """Create a file of mode 0600 holding ``data``, durable when this returns.
+
+    Guarantee: secrets_are_never_overwritten - an existing path, also a link, is refused and left alone.
+
+    Raises: RefusedError when the path exists or ``data`` is empty or longer than read_secret reads.
+    """
+    if not 0 < len(data) <= MAX_SECRET_BYTES:
+        raise RefusedError("identity.secret-size", f"a secret has 1 to {MAX_SECRET_BYTES} bytes")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(path, flags, 0o600)
     except FileExistsError as error:
         raise RefusedError(
-            "identity.secret-exists", f"{path} exists already", remedy="A key is never overwritten; move it away."
+            "identity.secret-exists",
+            f"{path} exists already; a secret is never overwritten",
+            remedy="Keep it, or move it away first if it is really no longer needed.",
         ) from error
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)  # whatever the umask and default ACLs say
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
 
 
 def read_secret(path: Path) -> bytes:
-    """Read a secret file.
+    """Read a secret that nobody else can read or replace.
 
-    Guarantee: open_secrets_are_refused - a file that others may read, of another owner, or a link.
-    Raises: RefusedError.
+    A file inside systemd's credentials folder is taken as it is: systemd keeps it in memory, read-only,
+    for this service alone, and marks it with an access list that looks like a group's permission.
+
+    Guarantee: exposed_secrets_are_refused - a file of another owner, with any permission for group or
+    world, or that is not a regular file, is not used.
+
+    Raises: RefusedError naming the path and the rule.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # Without O_NONBLOCK a pipe put in place of the file would block the agent for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise RefusedError(
-            "identity.secret-missing", f"{path} cannot be read", remedy="Restore it, or make a new identity."
+            "identity.secret-unreadable",
+            f"the secret {path} cannot be read: {error.strerror}",
+            remedy="Check that the file exists and belongs to the account that runs wardround.",
         ) from error
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077 or status.st_uid != os.geteuid():
-            raise RefusedError(
-                "identity.secret-mode", f"{path} is open to other users", remedy=f"chmod 600 {path}; chown it to you."
-            )
-        return file.read(MAX_SECRET_BYTES)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise RefusedError("identity.secret-kind", f"the secret {path} is not a regular file")
+        if not _is_systemd_credential(path):
+            _check_private(path, status)
+        data = file.read(MAX_SECRET_BYTES + 1)
+    if not 0 < len(data) <= MAX_SECRET_BYTES:
+        raise RefusedError(
+            "identity.secret-size",
+            f"the secret {path} is empty or longer than {MAX_SECRET_BYTES} bytes",
+            remedy="Restore it from the backup of the keys, or make a new identity.",
+        )
+    return data
 
 
-def save_signing_key(path: Path, key: Ed25519PrivateKey) -> None:
-    """Write a private key as PKCS8 PEM in a new secret file."""
-    write_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+def _check_private(path: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid():
+        raise RefusedError(
+            "identity.secret-owner",
+            f"the secret {path} belongs to another account",
+            remedy="Run wardround as the owner of its files, or change the file's owner.",
+        )
+    if status.st_mode & 0o077:
+        raise RefusedError(
+            "identity.secret-mode",
+            f"the secret {path} is open to group or world (mode {stat.S_IMODE(status.st_mode):04o})",
+            remedy=f"Run 'chmod 600 {path}', and consider whether someone has read it.",
+        )
+
+
+def _is_systemd_credential(path: Path) -> bool:
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    return bool(folder) and path.parent == Path(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The new name is durable only when the folder that holds it has been written too.
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_signing_key(path: Path, private: Ed25519PrivateKey) -> None:
+    """Write an Ed25519 key as PKCS #8 PEM by write_secret. Raises RefusedError when the path exists."""
+    write_secret(
+        path,
+        private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ),
+    )
 
 
 def load_signing_key(path: Path) -> Ed25519PrivateKey:
-    """Read a private key. Raises RefusedError or VerificationError naming the file."""
+    """Read what save_signing_key wrote. Raises RefusedError, or VerificationError when it is no such key."""
     try:
-        key = load_pem_private_key(read_secret(path), password=None)
-    except ValueError as error:
-        raise VerificationError("identity.key-file", f"{path} holds no private key") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise VerificationError("identity.key-file", f"{path} holds another kind of key than Ed25519")
-    return key
+        private = serialization.load_pem_private_key(read_secret(path), password=None)
+    except (ValueError, TypeError) as error:
+        raise VerificationError("identity.key-file", f"{path} holds no readable private key") from error
+    if not isinstance(private, Ed25519PrivateKey):
+        raise VerificationError("identity.key-kind", f"{path} holds a private key that is not Ed25519")
+    return private

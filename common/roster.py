@@ -1,28 +1,37 @@
-"""The roster: which hospitals there are, with the keys that everyone pins.
+"""The roster: which hospitals exist at a hub, by id, name and their two public keys, signed by the hub.
 
-Source: PROTOCOL "Roster". Rules: ids, names and all keys are unique; the digest names the roster in every
-manifest; the hub signs it, but a hospital trusts a member only after a person compared its fingerprint.
+Source: PROTOCOL "Roster". Rules: the hub's signature says only that the hub wrote it; a hospital trusts a
+roster when every other member's fingerprint equals the one that a person there pinned out of band; ids,
+names and keys are used once; the digest names the exact bytes that a manifest refers to.
 """
 
-import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from common import identity
-from common.certificates import NAME
 from common.encoding import canonical_json, digest, labelled, parse_canonical_json
-from common.errors import RefusedError, VerificationError
+from common.errors import RefusedError, UsageError, VerificationError
+from common.identity import (
+    MAX_ID,
+    check_name,
+    check_public_key,
+    key_bytes,
+    key_text,
+    party_fingerprint,
+    sign,
+    verify,
+)
 
-FIELDS: Final = {"id", "name", "protocol_key", "ledger_key"}
-MAX_MEMBERS: Final = 65535
+SCHEMA: Final = 1
+MAX_MEMBERS: Final = 1000
+_MEMBER_FIELDS: Final = frozenset({"id", "name", "protocol_key", "ledger_key"})
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One hospital: id 1..65535, name, raw Ed25519 protocol and ledger keys (32 bytes each)."""
+    """One hospital. ``id`` is 1 to 65535; both keys are raw Ed25519 public keys of 32 bytes."""
 
     id: int
     name: str
@@ -31,42 +40,60 @@ class Member:
 
     @property
     def fingerprint(self) -> str:
-        """What people compare out of band: both keys in one fingerprint."""
-        return identity.fingerprint(self.protocol_key + self.ledger_key)
+        """What people compare and pin: over the name and both keys (identity.party_fingerprint)."""
+        return party_fingerprint(self.name, self.protocol_key, self.ledger_key)
 
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """All members, by ascending id.
+    """Members in ascending order of id.
 
-    Guarantee: rosters_hold_no_key_twice - ids, names, protocol and ledger keys are unique, across uses too.
-    Raises: VerificationError.
+    Guarantee: inconsistent_rosters_are_refused - no member, more than 1000, a bad or repeated id, name (in
+    any case of its letters) or key, or another order.
+
+    Raises: VerificationError on construction.
     """
 
     members: tuple[Member, ...]
 
     def __post_init__(self) -> None:
-        ids = [member.id for member in self.members]
-        keys = [key for member in self.members for key in (member.protocol_key, member.ledger_key)]
-        names = [member.name for member in self.members]
-        if ids != sorted(set(ids)) or any(not 1 <= i <= MAX_MEMBERS for i in ids):
-            raise VerificationError("roster.ids", "roster ids must ascend, from 1 to 65535")
-        if len(set(names)) != len(names) or not all(NAME.fullmatch(name) for name in names):
-            raise VerificationError("roster.names", "roster names must be well formed and differ")
-        if len(set(keys)) != len(keys):
-            raise VerificationError("roster.keys", "a key stands in the roster twice")
+        if not 1 <= len(self.members) <= MAX_MEMBERS:
+            raise VerificationError("roster.size", f"a roster has 1 to {MAX_MEMBERS} members")
+        last, names, keys = 0, set[str](), set[bytes]()
+        for member in self.members:
+            if not last < member.id <= MAX_ID:
+                raise VerificationError("roster.order", f"member ids must ascend within 1 to {MAX_ID}")
+            last = member.id
+            try:
+                name = check_name(member.name, f"name of roster member {member.id}").lower()
+            except UsageError as error:
+                raise VerificationError("roster.name", error.problem) from error
+            if name in names:
+                raise VerificationError("roster.name", f"the name of roster member {member.id} is used twice")
+            names.add(name)
+            for key in (member.protocol_key, member.ledger_key):
+                if check_public_key(key, f"key of roster member {member.id}") in keys:
+                    raise VerificationError("roster.key", f"a key of roster member {member.id} is used twice")
+                keys.add(key)
+
+    def member(self, member_id: int) -> Member:
+        """The member with that id. Raises VerificationError when there is none."""
+        for member in self.members:
+            if member.id == member_id:
+                return member
+        raise VerificationError("roster.stranger", f"the roster has no member {member_id}")
 
     def to_bytes(self) -> bytes:
-        """RFC 8785 bytes."""
+        """RFC 8785 form."""
         return canonical_json(
             {
-                "schema": 1,
+                "schema": SCHEMA,
                 "members": [
                     {
                         "id": member.id,
                         "name": member.name,
-                        "protocol_key": identity.key_text(member.protocol_key),
-                        "ledger_key": identity.key_text(member.ledger_key),
+                        "protocol_key": key_text(member.protocol_key),
+                        "ledger_key": key_text(member.ledger_key),
                     }
                     for member in self.members
                 ],
@@ -75,80 +102,88 @@ class Roster:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Roster":
-        """Read a roster strictly. Raises VerificationError."""
+        """Read to_bytes strictly: only the bytes that it makes are accepted. Raises VerificationError."""
         value = parse_canonical_json(data, "the roster")
-        if not isinstance(value, dict) or set(value) != {"schema", "members"} or value["schema"] != 1:
-            raise VerificationError("roster.fields", "the roster has unknown or missing fields")
-        if not isinstance(value["members"], list):
-            raise VerificationError("roster.fields", "the roster's members must be a list")
-        return cls(tuple(_member(entry) for entry in value["members"]))
+        if (
+            not isinstance(value, dict)
+            or set(value) != {"schema", "members"}
+            or type(value["schema"]) is not int
+            or value["schema"] != SCHEMA
+            or not isinstance(value["members"], list)
+        ):
+            raise VerificationError("roster.shape", f"the roster is not of schema {SCHEMA}")
+        return cls(tuple(_read_member(entry) for entry in value["members"]))
 
     @property
     def digest(self) -> bytes:
-        """H("roster", bytes), 32 bytes."""
+        """H("roster", bytes), 32 bytes, as manifests state it."""
         return digest("roster", self.to_bytes())
-
-    def member(self, member_id: int) -> Member:
-        """One member. Raises RefusedError when the id is unknown."""
-        for member in self.members:
-            if member.id == member_id:
-                return member
-        raise RefusedError("roster.unknown", f"site {member_id} is not on the roster")
-
-    def sign(self, hub_key: Ed25519PrivateKey) -> "SignedRoster":
-        """The roster under the hub's signature."""
-        data = self.to_bytes()
-        return SignedRoster(data, hub_key.sign(labelled("sig/roster", data)))
-
-
-def _member(entry: Any) -> Member:
-    if not isinstance(entry, dict) or set(entry) != FIELDS or type(entry["id"]) is not int:
-        raise VerificationError("roster.fields", "a roster member has unknown or missing fields")
-    if not all(isinstance(entry[name], str) for name in FIELDS - {"id"}):
-        raise VerificationError("roster.fields", "a roster member's name and keys must be texts")
-    return Member(
-        entry["id"], entry["name"], identity.key_bytes(entry["protocol_key"]), identity.key_bytes(entry["ledger_key"])
-    )
 
 
 @dataclass(frozen=True, slots=True)
 class SignedRoster:
-    """Roster bytes and the hub's signature over them (64 bytes)."""
+    """A roster as it travels: its exact bytes and the hub's signature, neither trusted until verify."""
 
     data: bytes
     signature: bytes
 
-    def verify(self, hub_key: bytes) -> Roster:
-        """The roster inside, under the hub's raw public key. Raises VerificationError."""
-        identity.verify(hub_key, self.signature, labelled("sig/roster", self.data), "the roster")
-        return Roster.from_bytes(self.data)
+    @classmethod
+    def create(cls, roster: Roster, hub_key: Ed25519PrivateKey) -> "SignedRoster":
+        """Sign a roster as the hub."""
+        data = roster.to_bytes()
+        return cls(data, sign(hub_key, _signed_bytes(data)))
 
     @property
     def digest(self) -> bytes:
-        """H("roster", bytes), 32 bytes."""
+        """H("roster", data), 32 bytes."""
         return digest("roster", self.data)
 
-    def to_fields(self) -> dict[str, str]:
-        """As JSON fields."""
-        return {"roster": self.data.decode(), "signature": base64.b64encode(self.signature).decode()}
+    def verify(self, hub_key: bytes) -> Roster:
+        """The roster, when the hub (raw public key) signed these bytes.
+
+        Guarantee: forged_rosters_are_refused - a changed byte, another signer or another label fails.
+
+        Raises: VerificationError.
+        """
+        verify(hub_key, self.signature, _signed_bytes(self.data), "roster")
+        return Roster.from_bytes(self.data)
 
 
-def check_pins(roster: Roster, members: tuple[int, ...], pins: Mapping[str, str]) -> tuple[Member, ...]:
-    """The members whose fingerprint is not pinned yet.
+def check_pins(roster: Roster, pins: Mapping[str, str]) -> None:
+    """Check that each member has the fingerprint that was pinned for its name.
 
-    Guarantee: changed_keys_are_refused - a pinned name with another fingerprint, always.
-    Raises: RefusedError naming the hospital.
+    ``pins`` maps name to Member.fingerprint; pins of hospitals that are not in the roster do not matter.
+
+    Guarantee: unpinned_members_are_refused - a new member, a changed key and a swapped name are named.
+
+    Raises: RefusedError naming the unpinned members; VerificationError naming the changed ones.
     """
-    unpinned = []
-    for member_id in members:
-        member = roster.member(member_id)
-        pinned = pins.get(member.name)
-        if pinned is None:
-            unpinned.append(member)
-        elif pinned != member.fingerprint:
-            raise RefusedError(
-                "roster.pin",
-                f"the keys of {member.name!r} are not those that were pinned here",
-                remedy="Call that hospital on a known number and compare fingerprints before anything else.",
-            )
-    return tuple(unpinned)
+    changed = [m.name for m in roster.members if m.name in pins and pins[m.name] != m.fingerprint]
+    if changed:
+        raise VerificationError(
+            "roster.pin-changed",
+            f"the roster has other keys than were pinned for: {', '.join(changed)}",
+            remedy="Call that hospital; pin the new fingerprint only when it says that its keys changed.",
+        )
+    unknown = [m.name for m in roster.members if m.name not in pins]
+    if unknown:
+        raise RefusedError(
+            "roster.unpinned",
+            f"no fingerprint is pinned for: {', '.join(unknown)}",
+            remedy="Compare each fingerprint with that hospital out of band, then pin it.",
+        )
+
+
+def _signed_bytes(data: bytes) -> bytes:
+    return labelled("sig/roster", data)
+
+
+def _read_member(entry: Any) -> Member:
+    if not isinstance(entry, dict) or set(entry) != _MEMBER_FIELDS:
+        raise VerificationError("roster.member", "a roster member does not have exactly its four fields")
+    number, name = entry["id"], entry["name"]
+    texts = (entry["protocol_key"], entry["ledger_key"])
+    if type(number) is not int or not all(isinstance(text, str) for text in (name, *texts)):
+        raise VerificationError("roster.member", "a field of a roster member has the wrong type")
+    protocol_key, ledger_key = (key_bytes(text, f"key of roster member {number}") for text in texts)
+    return Member(number, name, protocol_key, ledger_key)

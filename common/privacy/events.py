@@ -129,8 +129,8 @@ class Event(BaseModel):
     def _check_mechanism(self) -> None:
         mechanism = self.mechanism
         q = mechanism.q
-        if self.round < 1 or self.attempt < 1:
-            raise ValueError("rounds and attempts count from 1")
+        if self.round < 1:
+            raise ValueError("rounds count from 1")
         if not 0 < q <= 1 or (self.sampling == "full") != (q == 1):
             raise ValueError("q must be 1 for full and inside (0, 1) for poisson sampling")
         if not mechanism.t < mechanism.u_size <= mechanism.members:

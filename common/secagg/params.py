@@ -67,7 +67,9 @@ def smallest_cohort(n: int, t: int, rho: int) -> int:
 def _require(holds: bool, code: str, problem: str) -> None:
     if not holds:
         raise RefusedError(
-            "secagg.params." + code, problem, remedy="Ask the coordinator for a manifest that keeps this rule."
+            "secagg.params." + code,
+            problem,
+            remedy="Ask the coordinator for a manifest that keeps this rule.",
         )
 
 
@@ -93,7 +95,9 @@ def check_params(params: RunParams, *, outsiders_only: bool = False) -> None:
     Raises: RefusedError with the rule.
     """
     n = len(params.members)
-    _require(type(params.man) is bytes and len(params.man) == 32, "man", "the manifest digest must have 32 bytes")
+    _require(
+        type(params.man) is bytes and len(params.man) == 32, "man", "the manifest digest must have 32 bytes"
+    )
     _require(3 <= n <= MAX_MEMBERS, "members", f"a run has 3 to {MAX_MEMBERS} members")
     _require(all(_whole(i, 1, 65535) for i in params.members), "members", "member ids must be 1 to 65535")
     _require(
@@ -103,9 +107,13 @@ def check_params(params: RunParams, *, outsiders_only: bool = False) -> None:
     )
     _require(set(params.members) <= set(params.keys), "keys", "every member must be in the roster")
     keys = [params.keys[i] for i in params.members] + [params.hub_key]
-    _require(all(type(k) is bytes and len(k) == 32 for k in keys), "keys", "a protocol key must have 32 bytes")
+    _require(
+        all(type(k) is bytes and len(k) == 32 for k in keys), "keys", "a protocol key must have 32 bytes"
+    )
     _require(len(set(keys)) == n + 1, "keys", "the keys of the members and of the hub must all differ")
-    _require(params.me == HUB or params.me in params.members, "me", "this hospital is not a member of the run")
+    _require(
+        params.me == HUB or params.me in params.members, "me", "this hospital is not a member of the run"
+    )
     _require(_whole(params.rho, 0, n), "rho", "rho must be a whole number from 0 to n")
     _require(
         _whole(params.t, 0 if outsiders_only else 1, n),
@@ -129,5 +137,7 @@ def check_params(params: RunParams, *, outsiders_only: bool = False) -> None:
         f"{n} hospitals can overflow {params.bits} bits: range / step is too large",
     )
     _require(
-        type(params.expiry) is str and valid_minute(params.expiry), "expiry", "expiry must be YYYY-MM-DDTHH:MMZ"
+        type(params.expiry) is str and valid_minute(params.expiry),
+        "expiry",
+        "expiry must be YYYY-MM-DDTHH:MMZ",
     )

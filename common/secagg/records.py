@@ -69,7 +69,9 @@ class ListOf:
     def write(self, value: Any, name: str) -> Iterator[bytes]:
         """The count, then the parts of each entry. Raises VerificationError naming the column."""
         if type(value) is not tuple or len(value) >= 1 << 16:
-            raise VerificationError("secagg.record.value", f"{name} must be a tuple of fewer than 65536 entries")
+            raise VerificationError(
+                "secagg.record.value", f"{name} must be a tuple of fewer than 65536 entries"
+            )
         yield u16(len(value))
         for entry in value:
             if isinstance(self.entry, tuple):

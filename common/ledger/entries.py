@@ -1,0 +1,284 @@
+"""What a ledger leaf may say: closed schemas of data-independent fields, and how one follows another.
+
+Source: PRIVACY "Registers", "What else may cross the wire", "Event fields"; RFC 8785 (leaf bytes).
+Rules: every field is on a list here; a leaf holds no count of rows, duration, batch size or exception
+text; times are whole minutes of UTC; every leaf names who wrote it and with which version; leaves are
+numbered from 0 and time never goes backwards; only a person's approval carries free text.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from common.encoding import canonical_json, parse_canonical_json
+from common.errors import RefusedError, UsageError, VerificationError
+from common.identity import key_bytes
+from common.version import SOFTWARE_VERSION
+
+UNPLACED: Final = -1
+"""The sequence number of an entry that the ledger has not taken yet."""
+
+EVENT_FIELDS: Final = frozenset(
+    {
+        "schema",
+        "event_id",
+        "register_id",
+        "manifest_digest",
+        "task",
+        "round",
+        "attempt",
+        "kind",
+        "mode",
+        "unit",
+        "adjacency",
+        "sampling",
+        "q",
+        "steps",
+        "dim",
+        "C",
+        "step",
+        "eta",
+        "arith",
+        "noise",
+        "Delta_g",
+        "s_g_squared",
+        "members",
+        "U_size",
+        "t",
+        "z_t",
+        "z_w",
+        "beta",
+        "state",
+        "reason",
+    }
+)
+"""PRIVACY's event fields: the ledger checks names and types, common.privacy.events what they mean."""
+
+_EVENT_TEXT: Final = re.compile(r"[A-Za-z0-9._-]{0,80}")
+_MAX_EXACT: Final = 2**53 - 1
+
+Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Minute = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z$")]
+DecimalText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,19})(\.[0-9]{0,39}[1-9])?$")]
+PlainText = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+$")]
+
+OutcomeReason = Literal[
+    "completed",
+    "round_lost",
+    "left_out_of_cohort",
+    "upload_not_made",
+    "study_aborted",
+    "site_stopped",
+    "site_restored",
+]
+
+
+class _Leaf(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+    )
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
+    seq: Annotated[int, Field(ge=UNPLACED, le=_MAX_EXACT)] = UNPLACED
+    time: Minute | Literal[""] = ""
+    actor: str
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+_-]{1,64}$")] = SOFTWARE_VERSION
+
+    @field_validator("time")
+    @classmethod
+    def _time_exists(cls, value: str) -> str:
+        if value:
+            datetime.strptime(value, "%Y-%m-%dT%H:%MZ").replace(tzinfo=UTC)
+        return value
+
+    @field_validator("actor")
+    @classmethod
+    def _actor_is_a_key(cls, value: str) -> str:
+        try:
+            key_bytes(value, "actor")
+        except VerificationError as error:
+            raise ValueError(error.problem) from error
+        return value
+
+
+class Opened(_Leaf):
+    """A register was made, with the caps of the site's policy; epsilon_w is absent where only one exists.
+
+    Epsilons and delta are canonical decimal text (common.privacy.decimals.text_of).
+    """
+
+    type: Literal["opened"] = "opened"
+    register_id: Hex32
+    epsilon_t: DecimalText
+    epsilon_w: DecimalText | None
+    delta: DecimalText
+
+
+class Approval(_Leaf):
+    """A person's decision on one manifest digest, in their own words."""
+
+    type: Literal["approval"] = "approval"
+    manifest: Hex64
+    decision: Literal["approved", "denied"]
+    reason: PlainText
+
+
+class Charge(_Leaf):
+    """A privacy event, appended before the computation that it pays for.
+
+    ``event`` is common.privacy.events.Event.to_fields(); as read from a ledger it has the same fields.
+    """
+
+    type: Literal["charge"] = "charge"
+    event: dict[str, str | int]
+
+    @field_validator("event")
+    @classmethod
+    def _only_event_fields(cls, value: dict[str, str | int]) -> dict[str, str | int]:
+        if not set(value) <= EVENT_FIELDS:
+            raise ValueError("holds a field that is not an event field")
+        if not re.fullmatch(r"[0-9a-f]{32}", str(value.get("event_id", ""))):
+            raise ValueError("event_id must be 32 hex digits")
+        for name, field in value.items():
+            if isinstance(field, bool):
+                raise ValueError(f"{name} must be an integer or text")
+            if isinstance(field, int) and not 0 <= field <= _MAX_EXACT:
+                raise ValueError(f"{name} is outside 0 to 2^53 - 1")
+            if isinstance(field, str) and not _EVENT_TEXT.fullmatch(field):
+                raise ValueError(f"{name} holds a character that no event field has")
+        return value
+
+    @property
+    def event_id(self) -> str:
+        """The event's id, 32 hex digits."""
+        return str(self.event["event_id"])
+
+
+class Outcome(_Leaf):
+    """How a charged event ended: ``charged`` (spent) or ``released`` (spent, and the result left).
+
+    Neither gives anything back. ``ctx`` is the context of the upload concerned, absent when none was made.
+    """
+
+    type: Literal["outcome"] = "outcome"
+    event_id: Hex32
+    state: Literal["charged", "released"]
+    attempt: Annotated[int, Field(ge=1, le=3)]
+    ctx: Hex64 | None
+    reason: OutcomeReason
+
+
+Entry = Opened | Approval | Charge | Outcome
+AnyEntry = TypeVar("AnyEntry", Opened, Approval, Charge, Outcome)
+
+_ENTRIES: Final[TypeAdapter[Entry]] = TypeAdapter(Annotated[Entry, Field(discriminator="type")])
+
+
+def utc_minute(now: datetime) -> str:
+    """``now`` (aware) as a ledger time, cut to the minute. Raises UsageError without a time zone."""
+    if now.utcoffset() is None:
+        raise UsageError("ledger.time", "a ledger time needs a time zone")
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def placed(entry: Entry, seq: int, time: str) -> Entry:
+    """``entry`` as number ``seq`` at ``time``, unless it states its own; those must then be right."""
+    return _ENTRIES.validate_python(
+        {
+            **entry.model_dump(),
+            "seq": seq if entry.seq == UNPLACED else entry.seq,
+            "time": entry.time or time,
+        }
+    )
+
+
+def encode(entry: Entry) -> bytes:
+    """The leaf: RFC 8785 bytes. Raises UsageError for an entry without number or time."""
+    if entry.seq == UNPLACED or not entry.time:
+        raise UsageError("ledger.unplaced", "an entry becomes a leaf when the ledger gives it number and time")
+    return canonical_json(entry.model_dump())
+
+
+def decode(leaf: bytes) -> Entry:
+    """Read a leaf.
+
+    Guarantee: leaves_are_read_exactly - decode(encode(x)) == x and every other byte string is refused:
+    unknown, missing or extra fields, other types, other JSON forms.
+
+    Raises: VerificationError naming the field and the rule, never a value.
+    """
+    value: Any = parse_canonical_json(leaf, "the ledger entry")
+    try:
+        entry = _ENTRIES.validate_python(value)
+        same = encode(entry) == leaf
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "entry"
+        raise VerificationError("ledger.entry", f"{where}: {first['msg']}") from error
+    except UsageError as error:
+        raise VerificationError("ledger.entry", error.problem) from error
+    if not same:
+        raise VerificationError("ledger.entry", "a field of the ledger entry is missing or has another type")
+    return entry
+
+
+def check_next(last: Entry | None, entry: Entry) -> None:
+    """Check that ``entry`` may follow ``last`` (None: it is the first).
+
+    Guarantee: time_never_goes_backwards - an entry older than the one before it is refused.
+
+    Raises: VerificationError on another number; RefusedError on an earlier time.
+    """
+    expected = 0 if last is None else last.seq + 1
+    if entry.seq != expected:
+        raise VerificationError("ledger.sequence", f"entry {entry.seq} stands where entry {expected} belongs")
+    if last is not None and entry.time < last.time:
+        raise RefusedError(
+            "ledger.clock",
+            f"the clock says {entry.time}, but ledger entry {last.seq} was written at {last.time}",
+            remedy="Set this machine's clock (time synchronisation), then try again; nothing was written.",
+        )
+
+
+def check_history(entries: Sequence[Entry], entry: Entry) -> None:
+    """Check ``entry`` against all entries before it.
+
+    Guarantee: history_is_checked - a register is opened once; an event is charged once, to an opened
+    register; an outcome names a charged event.
+
+    Raises: RefusedError naming the rule.
+    """
+    if isinstance(entry, Opened):
+        if any(isinstance(old, Opened) and old.register_id == entry.register_id for old in entries):
+            raise RefusedError("ledger.opened-twice", "this register was opened before, in this ledger")
+    elif isinstance(entry, Charge):
+        register = entry.event.get("register_id")
+        if not any(isinstance(old, Opened) and old.register_id == register for old in entries):
+            raise RefusedError("ledger.register", "the event charges a register that this ledger never opened")
+        if _charged(entries, entry.event_id):
+            raise RefusedError("ledger.charged-twice", "an event with this id is charged already")
+    elif isinstance(entry, Outcome) and not _charged(entries, entry.event_id):
+        raise RefusedError("ledger.outcome", "the outcome names an event that was never charged")
+
+
+def _charged(entries: Sequence[Entry], event_id: str) -> bool:
+    return any(isinstance(old, Charge) and old.event_id == event_id for old in entries)
+
+
+def events(entries: Sequence[Entry], register_id: str) -> list[Mapping[str, str | int]]:
+    """The events charged to a register, in order, as their fields."""
+    return [
+        entry.event
+        for entry in entries
+        if isinstance(entry, Charge) and entry.event.get("register_id") == register_id
+    ]

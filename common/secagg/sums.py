@@ -1,0 +1,196 @@
+"""The sum of one context: uploads are added as they arrive, chunk by chunk, then opened.
+
+Source: PROTOCOL.md C1, C2, C6, C7. Rules: a chunk counts once, and only when its digest is the one in the
+signed header; a commitment is checked before its self-mask is subtracted; the trailing 1s must sum to the
+size of the cohort. Several connections may add at once.
+"""
+
+import hmac
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import FailureError, RefusedError, VerificationError
+from common.secagg import keys, records
+from common.secagg.codec import Layout, Words, from_words
+from common.secagg.masks import chunk_digest, empty_sums, remove_self_mask
+from common.secagg.params import RunParams
+from common.secagg.records import Cohort, Open, Upload
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What a round reveals: int64[parameters] and int64[scalars] in grid steps, over ``cohort``."""
+
+    parameters: NDArray[np.int64] = field(repr=False)
+    scalars: NDArray[np.int64] = field(repr=False)
+    cohort: tuple[int, ...]
+    digest: bytes
+
+
+class Accumulator:
+    """The one sum of one context, in memory that does not grow with the cohort.
+
+    ``cohort`` is the attempt that is summed, ``ctx`` its context (32 bytes).
+
+    Guarantee: each_chunk_counts_once - in any order, repeated or from several threads.
+    Guarantee: a_tampered_chunk_is_refused - another byte, length or index changes nothing.
+    """
+
+    def __init__(self, params: RunParams, cohort: Cohort, ctx: bytes) -> None:
+        self.ctx = ctx
+        self.ids = cohort.ids
+        self._params = params
+        self._layout: Layout = params.layout
+        self._spans = self._layout.spans
+        self._lock = threading.Lock()
+        self._params_sum, self._scalars_sum = empty_sums(self._layout)
+        self._headers: dict[int, Upload] = {}
+        self._missing: dict[int, set[int]] = {}
+        self._openings: dict[int, Open] = {}
+
+    @property
+    def headers(self) -> Mapping[int, Upload]:
+        """The accepted headers by id, for the evidence."""
+        return dict(self._headers)
+
+    @property
+    def openings(self) -> Mapping[int, Open]:
+        """The accepted openings by id, for the evidence."""
+        return dict(self._openings)
+
+    def missing_chunks(self, member: int) -> tuple[int, ...]:
+        """Indices of the chunks of ``member`` that are still to come, ascending: where to resume.
+
+        Raises: RefusedError before its header.
+        """
+        with self._lock:
+            if member not in self._missing:
+                raise RefusedError("secagg.upload.header", f"hospital {member} has sent no header")
+            return tuple(sorted(self._missing[member]))
+
+    def missing_uploads(self) -> tuple[int, ...]:
+        """Ids of the cohort whose payload is not complete, ascending."""
+        with self._lock:
+            return tuple(i for i in self.ids if i not in self._missing or self._missing[i])
+
+    def missing_openings(self) -> tuple[int, ...]:
+        """Ids of the cohort that have not opened, ascending."""
+        with self._lock:
+            return tuple(i for i in self.ids if i not in self._openings)
+
+    def add_header(self, sender: int, header: Upload) -> None:
+        """R3: check and keep the header of ``sender``; the same one again changes nothing.
+
+        Raises: VerificationError, RefusedError.
+        """
+        if header.id != sender or sender not in self.ids or header.ctx != self.ctx:
+            raise RefusedError(
+                "secagg.upload.context", f"hospital {sender} uploads to another context or name"
+            )
+        records.check_signature(header, self._params.man, self._params.keys[sender], f"hospital {sender}")
+        if len(header.chunk_digests) != len(self._spans):
+            raise VerificationError("secagg.upload.chunks", f"an upload has {len(self._spans)} chunks")
+        if records.payload_digest(header.chunk_digests) != header.payload_digest:
+            raise VerificationError(
+                "secagg.upload.digest", "the payload digest is not that of the chunk digests"
+            )
+        with self._lock:
+            if self._headers.setdefault(sender, header) != header:
+                raise RefusedError(
+                    "secagg.upload.second", f"hospital {sender} uploaded two payloads for one context"
+                )
+            self._missing.setdefault(sender, set(range(len(self._spans))))
+
+    def add_chunk(self, sender: int, index: int, chunk: bytes) -> None:
+        """Check one chunk against its header and add it, once; a repeated one changes nothing.
+
+        Raises: VerificationError for a wrong index, length or digest; RefusedError before the header.
+        """
+        header = self._headers.get(sender)
+        if header is None:
+            raise RefusedError("secagg.upload.header", f"hospital {sender} has sent no header")
+        if type(index) is not int or not 0 <= index < len(self._spans):
+            raise VerificationError("secagg.chunk.index", f"an upload has chunks 0 to {len(self._spans) - 1}")
+        span = self._spans[index]
+        if len(chunk) != span.stop - span.start:
+            raise VerificationError(
+                "secagg.chunk.length", f"chunk {index} has {span.stop - span.start} bytes"
+            )
+        if not hmac.compare_digest(chunk_digest(chunk), header.chunk_digests[index]):
+            raise VerificationError("secagg.chunk.digest", f"chunk {index} of hospital {sender} was altered")
+        sums: Words = self._params_sum if span.vector == "params" else self._scalars_sum
+        words: Words = np.frombuffer(chunk, dtype=sums.dtype)
+        part = sums[span.first_word : span.first_word + words.size]
+        with self._lock:
+            if index in self._missing[sender]:
+                np.add(part, words, out=part)
+                self._missing[sender].remove(index)
+
+    def open(self, sender: int, record: Open) -> None:
+        """R5: check the opening against its commitment and take the self-mask off; again changes nothing.
+
+        Guarantee: a_wrong_opening_is_refused - before anything is subtracted.
+        Raises: VerificationError, RefusedError.
+        """
+        header = self._headers.get(sender)
+        if header is None or self.missing_uploads():
+            raise RefusedError(
+                "secagg.open.early", "a context is opened when all of its cohort have uploaded"
+            )
+        if record.id != sender or record.ctx != self.ctx:
+            raise RefusedError("secagg.open.context", f"hospital {sender} opens another context or name")
+        records.check_signature(record, self._params.man, self._params.keys[sender], f"hospital {sender}")
+        if not hmac.compare_digest(keys.commitment(record.b, self.ctx, sender), header.commit):
+            raise VerificationError(
+                "secagg.open.commit", f"hospital {sender} opens another seed than it committed to"
+            )
+        with self._lock:
+            if sender not in self._openings:
+                remove_self_mask(self._params_sum, self._scalars_sum, record.b, self.ctx)
+                self._openings[sender] = record
+
+    def finish(self) -> Sums:
+        """The sums, when all have opened.
+
+        Guarantee: a_void_sum_is_refused - unless both trailing words equal the size of the cohort.
+        Raises: RefusedError while an opening is missing; FailureError for a void result, naming nobody.
+        """
+        missing = self.missing_openings()
+        if missing:
+            raise RefusedError("secagg.finish.early", f"hospitals {list(missing)} have not opened")
+        for vector in (self._params_sum, self._scalars_sum):
+            if int(vector[-1]) != len(self.ids):
+                raise FailureError(
+                    "secagg.result.void",
+                    "the sum of this round is void: the hospitals' masks do not cancel",
+                    remedy="Compute the round again under a new number; it does not tell who is at fault.",
+                )
+        params, scalars = self._params_sum[:-1], self._scalars_sum[:-1]
+        digest = keys.vectors_digest("sum", params, scalars)
+        return Sums(from_words(params), from_words(scalars), self.ids, digest)
+
+
+def recompute(
+    params: RunParams, cohort: Cohort, ctx: bytes, evidence: Mapping[int, tuple[Upload, bytes, Open]]
+) -> Sums:
+    """The sum again, from the signed header, the kept payload and the opening of every hospital.
+
+    Guarantee: an_auditor_recomputes_the_sum - and refuses evidence that is altered or incomplete.
+    Raises: VerificationError, RefusedError, FailureError.
+    """
+    accumulator = Accumulator(params, cohort, ctx)
+    for member, (header, payload, _) in evidence.items():
+        accumulator.add_header(member, header)
+        if len(payload) != params.layout.payload_bytes:
+            raise VerificationError(
+                "secagg.payload.length", f"the payload of hospital {member} has another length"
+            )
+        for index, span in enumerate(params.layout.spans):
+            accumulator.add_chunk(member, index, payload[span.start : span.stop])
+    for member, (_, _, opening) in evidence.items():
+        accumulator.open(member, opening)
+    return accumulator.finish()
