@@ -11,7 +11,7 @@ from datetime import datetime
 
 
 from common import identity
-from common.certificates import Authority, Peer, new_tls_key_and_csr, tls_fingerprint
+from common.certificates import Authority, Peer, new_tls_key_and_csr
 from common.enrolment import Admission, AdmissionRequest
 from common.errors import RefusedError, UsageError
 from common.roster import Member, Roster, SignedRoster
@@ -46,7 +46,7 @@ def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> Ne
     home.server_certificate.write_bytes(authority.issue_server(csr_pem, _hosts(address), now))
     hub_key = identity.new_signing_key()
     identity.save_signing_key(home.hub_key, hub_key)
-    hub_public = identity.public_bytes(hub_key)
+    hub_public = identity.public_key(hub_key)
     coordinator_key = _create_coordinator(home, authority, address, hub_public, now)
     Store.open(home.database).close()
     # The settings come last: a folder without them is not a hub, so a crash before this line loses nothing.
@@ -66,7 +66,7 @@ def _create_coordinator(home: HubHome, authority: Authority, address: str, hub_p
     coordinator.settings.write_text(
         f'hub = "{address}"\nhub_key = "{identity.key_text(hub_public)}"\n', encoding="utf-8"
     )
-    return identity.key_text(identity.public_bytes(signing))
+    return identity.key_text(identity.public_key(signing))
 
 
 def roster_of(sites: Sequence[SiteRow]) -> Roster:
@@ -76,7 +76,7 @@ def roster_of(sites: Sequence[SiteRow]) -> Roster:
 
 def sign_roster(home: HubHome, sites: Sequence[SiteRow]) -> SignedRoster:
     """The current roster under the hub's signature."""
-    return roster_of(sites).sign(identity.load_signing_key(home.hub_key))
+    return SignedRoster.create(roster_of(sites), identity.load_signing_key(home.hub_key))
 
 
 def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admission:
@@ -94,23 +94,23 @@ def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admissi
         store.add_site(
             site_id,
             name=request.name,
-            protocol_key=identity.key_bytes(request.protocol_key),
-            ledger_key=identity.key_bytes(request.ledger_key),
-            tls_fingerprint=tls_fingerprint(certificate),
+            protocol_key=request.protocol_key,
+            ledger_key=request.ledger_key,
+            tls_fingerprint=request.tls_fingerprint,
             admitted=now.strftime("%Y-%m-%dT%H:%MZ"),
         )
         signed = sign_roster(home, store.sites())
     finally:
         store.close()
-    hub_key = identity.load_signing_key(home.hub_key)
     return Admission(
         id=site_id,
         name=request.name,
         certificate_pem=certificate,
-        authority_pem=authority.certificate_pem,
-        hub_key=identity.key_text(identity.public_bytes(hub_key)),
+        ca_pem=authority.certificate_pem,
+        hub_key=identity.public_key(identity.load_signing_key(home.hub_key)),
         address=settings.address,
-        roster=signed,
+        roster=signed.data,
+        roster_signature=signed.signature,
     )
 
 

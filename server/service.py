@@ -33,7 +33,7 @@ class Hub:
         settings = home.load_settings()
         self.listen = settings.listen
         self.store = Store.open(home.database)
-        self.hub_public_key = identity.public_bytes(identity.load_signing_key(home.hub_key))
+        self.hub_public_key = identity.public_key(identity.load_signing_key(home.hub_key))
         self._home = home
         self._wake = threading.Event()
         self._stopping = threading.Event()

@@ -44,7 +44,7 @@ def prepare(home: CoordinatorHome, path: Path, desk: CoordinatorDesk, token: str
         run=run.hex(),
         roster=signed_roster.digest.hex(),
         hub=identity.key_text(desk.hub_key),
-        coordinator=identity.key_text(identity.public_bytes(key)),
+        coordinator=identity.key_text(identity.public_key(key)),
         members=tuple(Party(id=i, name=name) for i, name in sorted((ids[n], n) for n in study.members)),
         study=study,
     )

@@ -9,9 +9,19 @@ numbered from 0 and time never goes backwards; only a person's approval carries 
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from common.encoding import canonical_json, parse_canonical_json
 from common.errors import RefusedError, UsageError, VerificationError
@@ -64,7 +74,6 @@ Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Minute = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z$")]
 DecimalText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,19})(\.[0-9]{0,39}[1-9])?$")]
-PlainText = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+$")]
 
 OutcomeReason = Literal[
     "completed",
@@ -75,6 +84,10 @@ OutcomeReason = Literal[
     "site_stopped",
     "site_restored",
 ]
+
+
+def _frozen(fields: Mapping[str, str | int]) -> Mapping[str, str | int]:
+    return MappingProxyType(dict(fields))
 
 
 class _Leaf(BaseModel):
@@ -130,7 +143,15 @@ class Approval(_Leaf):
     type: Literal["approval"] = "approval"
     manifest: Hex64
     decision: Literal["approved", "denied"]
-    reason: PlainText
+    reason: str
+
+    @field_validator("reason")
+    @classmethod
+    def _reason_is_one_visible_line(cls, value: str) -> str:
+        try:
+            return check_reason(value)
+        except UsageError as error:
+            raise ValueError(error.problem) from error
 
 
 class Charge(_Leaf):
@@ -140,15 +161,16 @@ class Charge(_Leaf):
     """
 
     type: Literal["charge"] = "charge"
-    event: dict[str, str | int]
+    event: Annotated[Mapping[str, str | int], AfterValidator(_frozen), PlainSerializer(dict)]
 
     @field_validator("event")
     @classmethod
-    def _only_event_fields(cls, value: dict[str, str | int]) -> dict[str, str | int]:
+    def _only_event_fields(cls, value: Mapping[str, str | int]) -> Mapping[str, str | int]:
         if not set(value) <= EVENT_FIELDS:
             raise ValueError("holds a field that is not an event field")
-        if not re.fullmatch(r"[0-9a-f]{32}", str(value.get("event_id", ""))):
-            raise ValueError("event_id must be 32 hex digits")
+        for name in ("event_id", "register_id"):
+            if not re.fullmatch(r"[0-9a-f]{32}", str(value.get(name, ""))):
+                raise ValueError(f"{name} must be 32 hex digits")
         for name, field in value.items():
             if isinstance(field, bool):
                 raise ValueError(f"{name} must be an integer or text")
@@ -162,6 +184,11 @@ class Charge(_Leaf):
     def event_id(self) -> str:
         """The event's id, 32 hex digits."""
         return str(self.event["event_id"])
+
+    @property
+    def register_id(self) -> str:
+        """The charged register, 32 hex digits."""
+        return str(self.event["register_id"])
 
 
 class Outcome(_Leaf):
@@ -179,7 +206,6 @@ class Outcome(_Leaf):
 
 
 Entry = Opened | Approval | Charge | Outcome
-AnyEntry = TypeVar("AnyEntry", Opened, Approval, Charge, Outcome)
 
 _ENTRIES: Final[TypeAdapter[Entry]] = TypeAdapter(Annotated[Entry, Field(discriminator="type")])
 
@@ -191,21 +217,35 @@ def utc_minute(now: datetime) -> str:
     return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%MZ")
 
 
+def check_reason(reason: str) -> str:
+    """``reason`` itself when a person's words may stand in the ledger: one line of 1-500 characters.
+
+    Control and direction marks are refused: a report could show other words than were signed.
+
+    Raises: UsageError.
+    """
+    if not 1 <= len(reason) <= 500 or not reason.isprintable() or reason != reason.strip():
+        raise UsageError(
+            "ledger.reason",
+            "the reason must be one line of 1 to 500 visible characters",
+            remedy="Write it shorter or without line breaks, and without anything about a patient.",
+        )
+    return reason
+
+
 def placed(entry: Entry, seq: int, time: str) -> Entry:
-    """``entry`` as number ``seq`` at ``time``, unless it states its own; those must then be right."""
-    return _ENTRIES.validate_python(
-        {
-            **entry.model_dump(),
-            "seq": seq if entry.seq == UNPLACED else entry.seq,
-            "time": entry.time or time,
-        }
+    """``entry`` as number ``seq`` at ``time``, unless it states its own (History.check compares them)."""
+    return entry.model_copy(
+        update={"seq": seq if entry.seq == UNPLACED else entry.seq, "time": entry.time or time}
     )
 
 
 def encode(entry: Entry) -> bytes:
     """The leaf: RFC 8785 bytes. Raises UsageError for an entry without number or time."""
     if entry.seq == UNPLACED or not entry.time:
-        raise UsageError("ledger.unplaced", "an entry becomes a leaf when the ledger gives it number and time")
+        raise UsageError(
+            "ledger.unplaced", "an entry becomes a leaf when the ledger gives it number and time"
+        )
     return canonical_json(entry.model_dump())
 
 
@@ -232,53 +272,58 @@ def decode(leaf: bytes) -> Entry:
     return entry
 
 
-def check_next(last: Entry | None, entry: Entry) -> None:
-    """Check that ``entry`` may follow ``last`` (None: it is the first).
+class History:
+    """What the entries so far allow to come next. One instance follows one ledger from its beginning."""
 
-    Guarantee: time_never_goes_backwards - an entry older than the one before it is refused.
+    __slots__ = ("_events", "_registers", "last")
 
-    Raises: VerificationError on another number; RefusedError on an earlier time.
-    """
-    expected = 0 if last is None else last.seq + 1
-    if entry.seq != expected:
-        raise VerificationError("ledger.sequence", f"entry {entry.seq} stands where entry {expected} belongs")
-    if last is not None and entry.time < last.time:
-        raise RefusedError(
-            "ledger.clock",
-            f"the clock says {entry.time}, but ledger entry {last.seq} was written at {last.time}",
-            remedy="Set this machine's clock (time synchronisation), then try again; nothing was written.",
-        )
+    def __init__(self) -> None:
+        self.last: Entry | None = None
+        self._registers: set[str] = set()
+        self._events: set[str] = set()
 
+    def check(self, entry: Entry) -> None:
+        """Check that ``entry`` may come next; nothing is remembered.
 
-def check_history(entries: Sequence[Entry], entry: Entry) -> None:
-    """Check ``entry`` against all entries before it.
+        Guarantee: time_never_goes_backwards - an entry older than the one before it is refused.
+        Guarantee: history_is_checked - numbers follow each other; a register is opened once; an event is
+        charged once, to an opened register; an outcome names a charged event.
 
-    Guarantee: history_is_checked - a register is opened once; an event is charged once, to an opened
-    register; an outcome names a charged event.
+        Raises: RefusedError naming the rule.
+        """
+        expected = 0 if self.last is None else self.last.seq + 1
+        if entry.seq != expected:
+            raise RefusedError("ledger.sequence", f"entry {entry.seq} stands where entry {expected} belongs")
+        if self.last is not None and entry.time < self.last.time:
+            raise RefusedError(
+                "ledger.clock",
+                f"the clock says {entry.time}, but entry {expected - 1} was written at {self.last.time}",
+                remedy="Synchronise this machine's clock, then try again; nothing was written.",
+            )
+        if isinstance(entry, Opened):
+            if entry.register_id in self._registers:
+                raise RefusedError("ledger.opened-twice", "this register is open already in this ledger")
+        elif isinstance(entry, Charge):
+            if entry.register_id not in self._registers:
+                raise RefusedError(
+                    "ledger.register", "the event charges a register that was never opened here"
+                )
+            if entry.event_id in self._events:
+                raise RefusedError("ledger.charged-twice", "an event with this id is charged already")
+        elif isinstance(entry, Outcome) and entry.event_id not in self._events:
+            raise RefusedError("ledger.outcome", "the outcome names an event that was never charged")
 
-    Raises: RefusedError naming the rule.
-    """
-    if isinstance(entry, Opened):
-        if any(isinstance(old, Opened) and old.register_id == entry.register_id for old in entries):
-            raise RefusedError("ledger.opened-twice", "this register was opened before, in this ledger")
-    elif isinstance(entry, Charge):
-        register = entry.event.get("register_id")
-        if not any(isinstance(old, Opened) and old.register_id == register for old in entries):
-            raise RefusedError("ledger.register", "the event charges a register that this ledger never opened")
-        if _charged(entries, entry.event_id):
-            raise RefusedError("ledger.charged-twice", "an event with this id is charged already")
-    elif isinstance(entry, Outcome) and not _charged(entries, entry.event_id):
-        raise RefusedError("ledger.outcome", "the outcome names an event that was never charged")
-
-
-def _charged(entries: Sequence[Entry], event_id: str) -> bool:
-    return any(isinstance(old, Charge) and old.event_id == event_id for old in entries)
+    def add(self, entry: Entry) -> None:
+        """Take a checked entry as the newest."""
+        self.last = entry
+        if isinstance(entry, Opened):
+            self._registers.add(entry.register_id)
+        elif isinstance(entry, Charge):
+            self._events.add(entry.event_id)
 
 
 def events(entries: Sequence[Entry], register_id: str) -> list[Mapping[str, str | int]]:
     """The events charged to a register, in order, as their fields."""
     return [
-        entry.event
-        for entry in entries
-        if isinstance(entry, Charge) and entry.event.get("register_id") == register_id
+        entry.event for entry in entries if isinstance(entry, Charge) and entry.register_id == register_id
     ]

@@ -160,7 +160,9 @@ def verify_consistency(
     Raises: VerificationError.
     """
     if not 0 <= old_size <= new_size:
-        raise VerificationError("ledger.consistency", f"a tree cannot shrink from {old_size} to {new_size} leaves")
+        raise VerificationError(
+            "ledger.consistency", f"a tree cannot shrink from {old_size} to {new_size} leaves"
+        )
     for element in (old_root, new_root, *proof):
         _check_hash(element, "hash in a consistency proof")
     if old_size in (0, new_size):

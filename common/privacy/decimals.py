@@ -23,9 +23,7 @@ def fraction_of(text: str) -> Fraction:
     Raises: UsageError.
     """
     if not _CANONICAL.fullmatch(text):
-        raise UsageError(
-            "privacy.decimal", f"{text[:64]!r} is not a canonical decimal string without exponent"
-        )
+        raise UsageError("privacy.decimal", "a number is not a canonical decimal string in [0, 10^20)")
     return Fraction(text)
 
 

@@ -8,7 +8,7 @@ nothing else can make, may be sent; what is charged is planned from public const
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,7 +180,7 @@ def to_grid(params: GateParams, clipped_sum: Vector) -> Integers:
 class Release:
     """Integers that may leave the hospital. Only a gate can make one; ``q`` is int64 [dim], read-only.
 
-    Guarantee: only_the_gate_releases - no other construction succeeds.
+    Guarantee: only_the_gate_releases - no other construction succeeds, neither copying nor pickling.
     """
 
     __slots__ = ("_q",)
@@ -192,6 +192,9 @@ class Release:
         kept = q.copy()
         kept.setflags(write=False)
         self._q = kept
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise RefusedError("privacy.egress", "a release is neither copied nor pickled")
 
     @property
     def q(self) -> Integers:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from common.errors import RefusedError, VerificationError
 CHUNK_BYTES: Final = 1 << 20
 SCALAR_BITS: Final = 64
 
-Words: TypeAlias = NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.uint64]
+Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 Vector: TypeAlias = Literal["params", "scalars"]
 
 
@@ -84,7 +84,7 @@ def fits(cohort: int, bits: int, step: float, limit: float, noise_variance: int 
 
 
 def largest(step: float, limit: float) -> int:
-    """ceil(limit / step), exactly, for the doubles given: the largest |q| that rounding can give, or one less."""
+    """ceil(limit / step), exactly, for the doubles given; rounding gives |q| of at most one more."""
     return math.ceil(Fraction(limit) / Fraction(step))
 
 
@@ -136,7 +136,7 @@ def to_words(q: NDArray[np.int64], bits: int, size: int, bound: int, what: str) 
 
 def with_one(words: Words) -> Words:
     """A copy of the words with the constant 1 behind them."""
-    return np.concatenate([words, np.ones(1, dtype=words.dtype)])  # type: ignore[return-value,arg-type]
+    return np.concatenate([words, np.ones(1, dtype=words.dtype)])
 
 
 def from_words(words: Words) -> NDArray[np.int64]:

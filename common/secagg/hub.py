@@ -163,7 +163,7 @@ class HubSetup:
         return tuple(self._confirms[i] for i in sorted(self._confirms) if i != member)
 
     def outcome(self) -> Setup:
-        """What the setup has come to so far. A pair counts when each confirmed the other; tags stay theirs."""
+        """What the setup has come to so far: a pair counts when each has confirmed the other."""
         directory = self.directory()
         tagged = {i: {peer for peer, _ in confirm.tags} for i, confirm in self._confirms.items()}
         pairs = frozenset((i, j) for i in tagged for j in tagged[i] if i < j and i in tagged.get(j, set()))
@@ -226,9 +226,9 @@ class HubRound:
         return tuple(e.id for e in self._setup.directory.entries if e.id not in self.ready_ids())
 
     def cohort(self, without: Collection[int] = ()) -> Cohort:
-        """R2: begin the next attempt over all that are ready, but for ``without``; the sum of the last is dropped.
+        """R2: begin the next attempt over all that are ready but ``without``; the last sum is dropped.
 
-        Raises: RefusedError when the attempts are used up, an opening was asked for, or fewer than m are left.
+        Raises: RefusedError when attempts are used up, an opening was asked for, or fewer than m are left.
         """
         with self._lock:
             attempt = self._cohort.attempt + 1 if self._cohort else 1

@@ -94,7 +94,7 @@ class Machine:
         return self._state.closed
 
     def expire(self, now: str) -> bool:
-        """Close the run when ``now`` ("YYYY-MM-DDTHH:MMZ") has reached the expiry. Returns whether it is closed."""
+        """Close the run when ``now`` ("YYYY-MM-DDTHH:MMZ") has reached the expiry; whether it is closed."""
         self._require(valid_minute(now), "expiry", "the time must be YYYY-MM-DDTHH:MMZ")
         if now >= self._params.expiry:
             self.close()

@@ -12,7 +12,6 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
-from numpy.typing import NDArray
 
 from common.encoding import digest
 from common.errors import RefusedError, VerificationError
@@ -62,7 +61,8 @@ def cohort_mask_keys(
     Guarantee: a_missing_key_refuses - a cohort with a peer that has no key is refused.
     Raises: RefusedError naming the peer.
     """
-    added, subtracted = [], []
+    added: list[bytes] = []
+    subtracted: list[bytes] = []
     for peer in ids:
         if peer == me:
             continue
@@ -120,5 +120,5 @@ def chunk_digests(payload: bytes, layout: Layout) -> tuple[bytes, ...]:
 
 def empty_sums(layout: Layout) -> tuple[Words, Words]:
     """Zeroed sums of both vectors, each with room for its trailing 1."""
-    params: NDArray[np.unsignedinteger] = np.zeros(layout.parameters + 1, dtype=f"<u{layout.bits // 8}")
-    return params, np.zeros(layout.scalars + 1, dtype=f"<u{SCALAR_BITS // 8}")  # type: ignore[return-value]
+    params = np.zeros(layout.parameters + 1, dtype=f"<u{layout.bits // 8}")
+    return params, np.zeros(layout.scalars + 1, dtype=f"<u{SCALAR_BITS // 8}")

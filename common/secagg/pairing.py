@@ -89,7 +89,7 @@ def seal_seed(seed: bytes, mlkem: bytes, x25519: bytes, info: bytes) -> bytes:
 
 
 def unseal_seed(ct: bytes, keys: SetupKeys, info: bytes) -> bytes:
-    """Open a sealed seed: 32 bytes. Raises VerificationError when it was not sealed to these keys and info."""
+    """The sealed seed, 32 bytes. Raises VerificationError when it was sealed to other keys or info."""
     key = MLKEM768X25519PrivateKey(
         MLKEM768PrivateKey.from_seed_bytes(keys.mlkem_seed),
         X25519PrivateKey.from_private_bytes(keys.x25519_key),

@@ -4,6 +4,7 @@ Source: PROTOCOL.md "Bytes" (widths) and "A hospital itself refuses". Rules: pla
 manifest and the roster; nothing here trusts that somebody else checked them.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ def _whole(value: object, low: int, high: int) -> bool:
 
 
 def _positive(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type]
+    return _whole(value, 1, 1 << 53) or (type(value) is float and math.isfinite(value) and value > 0)
 
 
 def valid_minute(text: str) -> bool:
@@ -101,7 +102,7 @@ def check_params(params: RunParams, *, outsiders_only: bool = False) -> None:
     _require(3 <= n <= MAX_MEMBERS, "members", f"a run has 3 to {MAX_MEMBERS} members")
     _require(all(_whole(i, 1, 65535) for i in params.members), "members", "member ids must be 1 to 65535")
     _require(
-        all(a < b for a, b in zip(params.members, params.members[1:], strict=False)),
+        all(a < b for a, b in itertools.pairwise(params.members)),
         "members",
         "member ids must ascend without repetition",
     )

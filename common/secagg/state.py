@@ -5,6 +5,7 @@ that depends on it leaves; q is never part of it; s is part of it only from an u
 nothing here is printed or pickled.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, TypeVar
@@ -190,7 +191,7 @@ def _malformed(problem: str) -> VerificationError:
 
 
 def _ascends(ids: Sequence[int]) -> bool:
-    return all(a < b for a, b in zip(ids, ids[1:], strict=False))
+    return all(a < b for a, b in itertools.pairwise(ids))
 
 
 def _optional(record: Record | None) -> bytes:

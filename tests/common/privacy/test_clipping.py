@@ -85,7 +85,8 @@ def test_grid_sensitivity_is_exact(ratio: Fraction, dim: int, millionths: int) -
     def covers(value: int) -> bool:
         return value >= base and (value - base) ** 2 >= dim
 
-    assert covers(bound) and not covers(bound - 1)
+    assert covers(bound)
+    assert not covers(bound - 1)
 
 
 @pytest.mark.parametrize("dim", [1, 31, 100, 12345])

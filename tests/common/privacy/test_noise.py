@@ -125,7 +125,8 @@ def test_sampler_has_the_exact_probabilities(variance: int, entropy: Sources) ->
 def test_counts_agree_with_the_probabilities(variance: int, entropy: Sources) -> None:
     size = 200_000
     drawn = noise.discrete_gaussian(variance, size, entropy(variance))
-    assert drawn.dtype == np.int64 and drawn.shape == (size,)
+    assert drawn.dtype == np.int64
+    assert drawn.shape == (size,)
     law = {x: float(p) * size for x, p in exact_law(variance).items() if float(p) * size > 10}
     observed = [int((drawn == x).sum()) for x in law]
     rest = size - sum(law.values())
@@ -226,7 +227,7 @@ def test_impossible_rates_are_refused(rate: float, entropy: Sources) -> None:
 
 @pytest.mark.parametrize("variance", [256, 400, 1000])
 def test_the_variance_less_four_rule_holds_in_one_dimension(variance: int) -> None:
-    """delta of the discrete Gaussian is at most that of a continuous one of variance s^2 - 4, at each epsilon.
+    """delta of the discrete Gaussian is at most that of a continuous one of variance s^2 - 4.
 
     The exact hockey-stick sum; the rule is not vacuous: with the variance s^2 + 40 it fails somewhere.
     """

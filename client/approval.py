@@ -1,0 +1,127 @@
+"""What a person reads before approving a study, and the local checks that come with it.
+
+Source: PRIVACY "What else may cross the wire" (a person's decision is the one declared release); PROTOCOL
+"A hospital itself refuses" (approval prints n, t, rho, m, n-m). Rules: everything here stays at the
+hospital; no value of a record is shown or kept.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from client.guard import Guard
+from client.settings import DataSource
+from client.sources.files import load_table
+from client.state import SiteHome
+from client.studies import StudyFolder
+from common.admissible import Admitted
+from common.errors import ContractError
+from common.identity import read_secret
+from common.privacy.filter import odometer
+from common.roster import Roster
+from common.run import read_study_document
+from common.study import DifferentialPrivacy, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """One received study as this hospital sees it."""
+
+    digest: str
+    manifest: Manifest
+    roster: Roster
+    admitted: Admitted
+    source: DataSource
+    new_fingerprints: dict[str, str]
+    rounds_left: int | None
+    planned_epsilon: float
+    guard: Guard
+    split_key: bytes
+
+    def check_approvable(self) -> None:
+        """Check the data contract on the local extract and that the budget pays for every planned round.
+
+        Raises: ContractError naming file, column and rule; BudgetExhaustedError.
+        """
+        contract = self.manifest.study.contract
+        table = load_table(self.source.kind, self.source.path, contract, key=self.split_key, part="train")
+        privacy = self.manifest.study.privacy
+        if table.patients < 1:
+            raise ContractError("contract.empty", f"{self.source.path} holds no usable patient")
+        if isinstance(privacy, DifferentialPrivacy) and table.patients > privacy.max_patients:
+            raise ContractError(
+                "contract.max-patients",
+                f"{self.source.path} holds more patients than the study's privacy.max_patients",
+                remedy="Ask the coordinator for a study with a higher max_patients.",
+            )
+        self.guard.check_budget(self.manifest, self.admitted, 1, self.manifest.study.training.rounds)
+
+    def data(self) -> dict[str, Any]:
+        """The review for machines."""
+        return {
+            "digest": self.digest,
+            "name": self.manifest.study.name,
+            "members": [party.name for party in self.manifest.members],
+            "rounds": self.manifest.study.training.rounds,
+            "planned_epsilon": self.planned_epsilon,
+            "rounds_left": self.rounds_left,
+            "new_fingerprints": self.new_fingerprints,
+        }
+
+    def text(self) -> str:
+        """The review for people."""
+        study = self.manifest.study
+        aggregation, training = study.aggregation, study.training
+        n, m = len(self.manifest.members), aggregation.minimum_hospitals or 0
+        lines = [
+            f"study        {study.name}",
+            f"purpose      {study.purpose}",
+            f"legal basis  {study.legal_basis}",
+            f"contact      {study.contact}",
+            f"coordinator  {self.manifest.coordinator}",
+            f"digest       {self.digest}",
+            f"data         {study.data} -> {self.source.source}",
+            f"columns      {len(study.contract.columns)}, patient column {study.contract.patient!r}",
+            f"model        {study.model.kind}, {self.admitted.dim} numbers",
+            f"training     {training.rounds} rounds of {training.steps} steps, {training.mode}",
+            f"members      {', '.join(party.name for party in self.manifest.members)}",
+            f"aggregation  n = {n}, t = {aggregation.colluders}, rho = {aggregation.rollbacks}, m = {m}, "
+            f"n - m = {n - m}",
+            f"expires      {study.expires}",
+        ]
+        if isinstance(study.privacy, DifferentialPrivacy):
+            lines.append(f"privacy      the whole study alone would spend epsilon {self.planned_epsilon:.4f}")
+            lines.append(f"budget       the register could pay {self.rounds_left} such rounds")
+        else:
+            lines.insert(0, "WITHOUT DIFFERENTIAL PRIVACY: this register's epsilon becomes infinite for ever")
+        if aggregation.rollbacks == 0:
+            lines.append("note         rho = 0: a cloned honest site may make two sums of one round known")
+        if aggregation.ready_s == 0:
+            lines.append("note         ready_s = 0: how long the computation takes is visible to the hub")
+        lines.extend(
+            f"compare      {name}: {text}  (by telephone; approving accepts it)"
+            for name, text in self.new_fingerprints.items()
+        )
+        return "\n".join(lines)
+
+
+def review(site: SiteHome, guard: Guard, digest: str) -> Review:
+    """Read and check one received study. Raises what the guard's checks raise."""
+    man = bytes.fromhex(digest)
+    signed, signed_roster = read_study_document(StudyFolder(site).load(man))
+    manifest = signed.verify()
+    roster = guard.check_offer(manifest, signed_roster)
+    admitted = guard.check_runnable(manifest)
+    private = isinstance(manifest.study.privacy, DifferentialPrivacy)
+    planned = [guard.plan(manifest, admitted, i + 1) for i in range(manifest.study.training.rounds)]
+    return Review(
+        digest=digest,
+        manifest=manifest,
+        roster=roster,
+        admitted=admitted,
+        source=guard.source(manifest),
+        new_fingerprints=dict(guard.unpinned(manifest, roster)),
+        rounds_left=guard.rounds_left(manifest, admitted) if private else None,
+        planned_epsilon=odometer(planned, guard.cap.delta, "t"),
+        guard=guard,
+        split_key=guard.split_key(read_secret(site.split_secret), man),
+    )

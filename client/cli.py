@@ -1,0 +1,174 @@
+"""``wardround site …``: what a hospital's IT department runs.
+
+Source: DESIGN "Three people, one program". Rules: every command has ``--json`` and documented exit codes;
+nothing here imports torch; flwr is imported only by ``site run``; approving needs a yes from a person.
+"""
+
+import asyncio
+import os
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from client.approval import review
+from client.guard import Guard
+from client.identity import SiteIdentity, create_site
+from client.state import SiteHome
+from client.studies import StudyFolder
+from common.console import JsonFlag, Outcome, command, log_to_stderr
+from common.errors import UsageError
+
+app = typer.Typer(help="Join a federation, approve studies, run the agent, see the budget.", no_args_is_help=True)
+
+SiteFolder = Annotated[Path, typer.Option("--home", help="The site's folder.", file_okay=False)]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@app.command()
+@command
+def init(
+    home: SiteFolder,
+    name: Annotated[str, typer.Option(help="The hospital's name, as others will see it.")],
+    hub: Annotated[str, typer.Option(help="host:port of the hub, from the coordinator.")],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Make this site's keys, settings and deny-by-default policy, and a request for admission."""
+    site = SiteHome(home)
+    request = create_site(site, name=name, hub=hub)
+    data = {"request": str(site.request), "policy": str(site.policy), "fingerprint": request.fingerprint}
+    text = (
+        f"site made in {home}; the private keys stay there\n"
+        f"  1. send {site.request} to the coordinator and read this fingerprint out by telephone:\n"
+        f"       {request.fingerprint}\n"
+        f"  2. put the admission that comes back at {site.admission}\n"
+        f"  3. edit {site.policy}: data source, coordinators, budget\n"
+        f"  4. wardround site run --home {home}"
+    )
+    return Outcome(text, data)
+
+
+@app.command()
+@command
+def approve(
+    home: SiteFolder,
+    digest: Annotated[str, typer.Argument(help="The study's digest; without it, all received studies.")] = "",
+    deny: Annotated[bool, typer.Option("--deny", help="Deny instead.")] = False,
+    reason: Annotated[str, typer.Option(help="Why; it is written into the ledger.")] = "",
+    by: Annotated[str, typer.Option(help="Who decides; written into the ledger with the reason.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")] = False,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """List received studies, or read one and decide on it."""
+    site = SiteHome(home)
+    guard = Guard(site, SiteIdentity.load(site), _now)
+    try:
+        if not digest:
+            return _listing(site, guard)
+        found = review(site, guard, StudyFolder(site).resolve(digest))
+        if not deny:
+            found.check_approvable()
+        who = by or os.environ.get("USER", "")
+        if not who:
+            raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")
+        if not yes and (as_json or not typer.confirm(f"{found.text()}\n\n{'Deny' if deny else 'Approve'} it?")):
+            raise UsageError("site.not-confirmed", "nothing was decided", remedy="Answer yes, or give --yes.")
+        decision = "denied" if deny else "approved"
+        guard.decide(found.manifest, found.roster, decision, f"{who}: {reason or decision}")
+        text = "" if not yes else found.text() + "\n\n"
+        return Outcome(f"{text}{decision}: {found.digest}", {**found.data(), "decision": decision})
+    finally:
+        guard.close()
+
+
+def _listing(site: SiteHome, guard: Guard) -> Outcome:
+    studies: list[dict[str, Any]] = []
+    for digest in StudyFolder(site).digests():
+        manifest = StudyFolder(site).manifest(digest)
+        decision = guard.decision(bytes.fromhex(digest)) or "received"
+        studies.append({"digest": digest, "name": manifest.study.name, "decision": decision})
+    lines = [f"{entry['digest'][:12]}  {entry['decision']:<9} {entry['name']}" for entry in studies]
+    return Outcome("\n".join(lines) or "no studies received", {"studies": studies})
+
+
+@app.command()
+@command
+def run(
+    home: SiteFolder,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when the studies that ran here have ended; 4 if the budget stopped one.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Run the agent: dial out to the hub and take part in approved studies until stopped."""
+    log_to_stderr()
+    site = SiteHome(home)
+    with site.locked():
+        return _run_agent(site, once)
+
+
+def _run_agent(site: SiteHome, once: bool) -> Outcome:
+    from client import app as flower_app
+    from client.agent import Agent
+    from common import flower
+
+    folder = str(site.folder.resolve())
+    hospital = flower_app.participation(folder)
+    identity = hospital.identity
+    context = flower.context_for(identity.id, {"site-home": folder})
+
+    async def serve() -> None:
+        agent = Agent(
+            identity.address,
+            site_id=identity.id,
+            key_pem=identity.tls_key_pem,
+            certificate_pem=identity.certificate_pem,
+            authority_pem=identity.authority_pem,
+            answer=lambda message: flower_app.app(message, context),
+            finished=lambda: once and hospital.closed > 0 and hospital.open_runs == 0,
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, agent.stop)
+        await agent.run()
+
+    try:
+        asyncio.run(serve())
+    finally:
+        flower_app.close(folder)
+    if once and hospital.exhausted:
+        return Outcome("stopped: the privacy budget is exhausted", {"exhausted": True}, exit_code=4, code="budget.exhausted")
+    return Outcome("agent ended", {"exhausted": hospital.exhausted})
+
+
+@app.command()
+@command
+def budget(home: SiteFolder, as_json: JsonFlag = False) -> Outcome:
+    """What all studies together have spent of this register's privacy budget."""
+    site = SiteHome(home)
+    guard = Guard(site, SiteIdentity.load(site), _now)
+    try:
+        spent = guard.budget()
+    finally:
+        guard.close()
+    cap = spent.cap
+    data = {
+        "register": guard.register_id,
+        "epsilon_t": spent.epsilon_t,
+        "cap_t": cap.epsilon_t,
+        "epsilon_w": spent.epsilon_w,
+        "cap_w": cap.epsilon_w,
+        "delta": cap.delta,
+        "charges": spent.charges,
+    }
+    text = (
+        f"register {guard.register_id}: {spent.charges} charges, delta {cap.delta:g}\n"
+        f"  at most t collude        epsilon {spent.epsilon_t:.4f} of {cap.epsilon_t:g}\n"
+        f"  all other hospitals do   epsilon {spent.epsilon_w:.4f} of {cap.epsilon_w:g}"
+    )
+    return Outcome(text, data)

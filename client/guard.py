@@ -1,0 +1,291 @@
+"""The last word before any computation: policy, approval, expiry, pins, budget, and the charge itself.
+
+Source: DESIGN "A round, end to end", step 4; PRIVACY "Registers, budget, filter". Rules: deny by default;
+the policy is read anew each time, so lowering a cap acts at once; a decision on the budget and the charge
+that follows from it are one step under the ledger's lock; nothing here depends on rows.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from client.identity import SiteIdentity, load_policy
+from client.pins import Pins
+from client.settings import DataSource, Policy, Register
+from client.state import SiteHome
+from common.admissible import Admitted, check
+from common.encoding import derive
+from common.errors import BudgetExhaustedError, RefusedError, VerificationError
+from common.identity import key_text, public_key
+from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, events
+from common.ledger.store import Ledger
+from common.privacy.decimals import text_of
+from common.privacy.events import Event
+from common.privacy.filter import Cap, admits, odometer, rounds_left
+from common.privacy.gate import plan_event
+from common.roster import Roster, SignedRoster
+from common.study import Manifest, NoDifferentialPrivacy
+
+TASK = "training"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a register has spent, by the filter, against its caps in force."""
+
+    epsilon_t: float
+    epsilon_w: float
+    cap: Cap
+    charges: int
+
+
+class Guard:
+    """Every rule of this hospital that a study must meet, and the ledger that remembers.
+
+    ``now`` gives the aware local time.
+
+    Guarantee: nothing_is_charged_over_the_cap - also by two guards on one ledger at once.
+    """
+
+    def __init__(self, home: SiteHome, identity: SiteIdentity, now: Callable[[], datetime]) -> None:
+        self._home = home
+        self._identity = identity
+        self._now = now
+        self._pins = Pins(home)
+        register = self.policy.register
+        self.register_id = register.id
+        self._actor = key_text(public_key(identity.ledger_key))
+        self._ledger = Ledger.open(home.ledger, identity.ledger_key, clock=now)
+        self._open_register(register)
+
+    def close(self) -> None:
+        """Close the ledger's file."""
+        self._ledger.close()
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as it stands on disk now."""
+        return load_policy(self._home)
+
+    def source(self, manifest: Manifest) -> DataSource:
+        """The extract that the study names. Raises RefusedError when the policy offers none."""
+        return self.policy.source(manifest.study.data)
+
+    def split_key(self, split_secret: bytes, man: bytes) -> bytes:
+        """The key of a study's row and split choices, 32 bytes: of this register and study alone."""
+        return derive(split_secret, "split", bytes.fromhex(self.register_id), man)
+
+    # -- what may run --------------------------------------------------------------------------------------
+
+    def check_offer(self, manifest: Manifest, signed_roster: SignedRoster) -> Roster:
+        """Check that an offered study is this hub's and names this hospital; the verified roster.
+
+        Raises: VerificationError.
+        """
+        if manifest.hub != key_text(self._identity.hub_key):
+            raise VerificationError("guard.hub", "the study names another hub than this site joined")
+        roster = signed_roster.verify(self._identity.hub_key)
+        if roster.digest.hex() != manifest.roster:
+            raise VerificationError("guard.roster", "the study names another roster than came with it")
+        own = roster.member(self._identity.id)
+        keys = (public_key(self._identity.protocol_key), public_key(self._identity.ledger_key))
+        if (own.protocol_key, own.ledger_key) != keys:
+            raise VerificationError(
+                "guard.own-keys", "the roster holds other keys for this hospital than its own",
+                remedy="Call the coordinator on a known number: somebody may be impersonating this site.",
+            )  # fmt: skip
+        if all((party.id, party.name) != (self._identity.id, own.name) for party in manifest.members):
+            raise VerificationError("guard.member", "this hospital is not a member of the study")
+        return roster
+
+    def check_runnable(self, manifest: Manifest) -> Admitted:
+        """Check admissibility, expiry and every rule of the policy.
+
+        Raises: UsageError for a manifest that cannot be run; RefusedError naming the policy's rule.
+        """
+        admitted = check(manifest, self._now().strftime("%Y-%m-%dT%H:%MZ"))
+        policy, study = self.policy, manifest.study
+        rules = policy.rules
+        if manifest.coordinator not in rules.coordinators:
+            raise RefusedError(
+                "policy.coordinator",
+                "the study is signed by a coordinator that the policy does not name",
+                remedy=f"Add {manifest.coordinator!r} to rules.coordinators in policy.toml if you know it.",
+            )
+        if isinstance(study.privacy, NoDifferentialPrivacy) and not rules.allow_studies_without_differential_privacy:
+            raise RefusedError("policy.no-dp", "the policy forbids studies without differential privacy")
+        if (study.aggregation.minimum_hospitals or 0) < rules.minimum_hospitals:
+            raise RefusedError(
+                "policy.minimum-hospitals", f"the policy asks for at least {rules.minimum_hospitals} in a round"
+            )
+        if study.aggregation.deadline_s > 60 * rules.max_round_minutes:
+            raise RefusedError("policy.round-time", f"a round may take {rules.max_round_minutes} minutes here")
+        self.source(manifest)
+        return admitted
+
+    def check_pins(self, manifest: Manifest, roster: Roster) -> None:
+        """Check every other member's keys against the fingerprints that a person accepted here."""
+        self._pins.check(manifest, roster, self._identity.id)
+
+    def unpinned(self, manifest: Manifest, roster: Roster) -> Mapping[str, str]:
+        """Names and fingerprints of members that nobody here has accepted yet."""
+        return self._pins.unpinned(manifest, roster, self._identity.id)
+
+    # -- decisions -----------------------------------------------------------------------------------------
+
+    def decision(self, man: bytes) -> str:
+        """``approved``, ``denied`` or empty: the latest decision on a manifest digest."""
+        found = [
+            entry.decision
+            for entry in self._ledger.entries()
+            if isinstance(entry, Approval) and entry.manifest == man.hex()
+        ]
+        return found[-1] if found else ""
+
+    def decide(self, manifest: Manifest, roster: Roster, decision: str, reason: str) -> None:
+        """Write a person's decision into the ledger; approving pins the members' fingerprints."""
+        if decision == "approved":
+            self._pins.accept(self.unpinned(manifest, roster))
+        self._ledger.append(
+            Approval(
+                actor=self._actor,
+                manifest=manifest.digest.hex(),
+                decision="approved" if decision == "approved" else "denied",
+                reason=reason,
+            )
+        )
+
+    # -- the budget ----------------------------------------------------------------------------------------
+
+    def plan(self, manifest: Manifest, admitted: Admitted, round_number: int) -> Event:
+        """The event that a round of the study charges. Its id is random, or none is ever charged twice."""
+        study = manifest.study
+        return plan_event(
+            admitted.gate_params,
+            self.register_id,
+            manifest.digest,
+            TASK,
+            round_number,
+            1,
+            len(manifest.members),
+            study.aggregation.colluders or 0,
+            os.urandom(16).hex(),
+        )
+
+    def check_budget(self, manifest: Manifest, admitted: Admitted, round_number: int, rounds: int = 1) -> None:
+        """Refuse what the register cannot pay, before anything changes.
+
+        Raises: BudgetExhaustedError saying how many such rounds are left.
+        """
+        event = self.plan(manifest, admitted, round_number)
+        history = self._charged(self._ledger.entries())
+        if event.kind == "no_dp":
+            return
+        left = rounds_left(history, event, self.cap)
+        if left < rounds:
+            raise self._exhausted(left, rounds)
+
+    def charge(self, manifest: Manifest, admitted: Admitted, round_number: int) -> Event:
+        """Decide and append the charge under one lock, durable when this returns.
+
+        Raises: BudgetExhaustedError; nothing is appended then.
+        """
+        event = self.plan(manifest, admitted, round_number)
+
+        def decide(entries: Sequence[Entry]) -> Charge:
+            history = self._charged(entries)
+            if any(
+                (past.manifest_digest, past.round) == (event.manifest_digest, event.round) for past in history
+            ):
+                raise RefusedError("guard.round-charged", "this round has been charged before")
+            if event.kind != "no_dp" and not admits(history, event, self.cap).admitted:
+                raise self._exhausted(0, 1)
+            return Charge(actor=self._actor, event=event.to_fields())
+
+        self._ledger.append_if(decide)
+        return event
+
+    def released(self, event: Event, attempt: int, ctx: bytes) -> None:
+        """Record, before its first byte leaves, that an upload of a charged round leaves."""
+        self._ledger.append(
+            Outcome(
+                actor=self._actor,
+                event_id=event.event_id,
+                state="released",
+                attempt=attempt,
+                ctx=ctx.hex(),
+                reason="completed",
+            )
+        )
+
+    def last_charged_round(self, man: bytes) -> int:
+        """The last round of a manifest that the ledger has charged, 0 for none."""
+        history = self._charged(self._ledger.entries())
+        return max((event.round for event in history if event.manifest_digest == man.hex()), default=0)
+
+    def budget(self) -> Budget:
+        """What the register has spent so far, and the caps in force."""
+        history = self._charged(self._ledger.entries())
+        cap = self.cap
+        return Budget(odometer(history, cap.delta, "t"), odometer(history, cap.delta, "w"), cap, len(history))
+
+    def rounds_left(self, manifest: Manifest, admitted: Admitted) -> int:
+        """How many more rounds of a study the register could pay."""
+        history = self._charged(self._ledger.entries())
+        return rounds_left(history, self.plan(manifest, admitted, 1), self.cap)
+
+    @property
+    def cap(self) -> Cap:
+        """The caps in force: the policy's, and never above those with which the register was opened."""
+        opened = self._opened(self._ledger.entries())
+        cap = self.policy.register.cap
+        if opened is None or self.policy.register.id != self.register_id:
+            raise RefusedError(
+                "guard.register", "the policy names another register than this ledger's",
+                remedy="Restore register.id in policy.toml.",
+            )  # fmt: skip
+        limit_w = float(opened.epsilon_w) if opened.epsilon_w is not None else 0.0
+        raised = cap.epsilon_t > float(opened.epsilon_t) or (cap.epsilon_w or 0.0) > limit_w
+        if raised or text_of(cap.delta) != opened.delta:
+            raise RefusedError(
+                "guard.cap-raised",
+                "the policy's caps are above those with which the register was opened, or its delta differs",
+                remedy="Set them back in policy.toml: raising a cap is not possible in this version.",
+            )
+        return cap
+
+    def _exhausted(self, left: int, rounds: int) -> BudgetExhaustedError:
+        return BudgetExhaustedError(
+            "budget.exhausted",
+            f"the register can pay {left} more such rounds, and {rounds} are asked for",
+            remedy="Deny the study, or ask for one with fewer rounds or more noise.",
+            rounds_left=left,
+        )
+
+    def _charged(self, entries: Sequence[Entry]) -> list[Event]:
+        return [Event.from_fields(fields) for fields in events(entries, self.register_id)]
+
+    def _opened(self, entries: Sequence[Entry]) -> Opened | None:
+        found = [entry for entry in entries if isinstance(entry, Opened) and entry.register_id == self.register_id]
+        return found[0] if found else None
+
+    def _open_register(self, register: Register) -> None:
+        """Write the register's first entry, once, with the caps of the policy."""
+        entries = self._ledger.entries()
+        if self._opened(entries) is not None:
+            return
+        if entries:
+            raise RefusedError(
+                "guard.register", "the policy names a register that this ledger never opened",
+                remedy="Restore register.id in policy.toml; a new register needs a new site.",
+            )  # fmt: skip
+        self._ledger.append(
+            Opened(
+                actor=self._actor,
+                register_id=register.id,
+                epsilon_t=text_of(register.epsilon_t),
+                epsilon_w=text_of(register.epsilon_w),
+                delta=text_of(register.delta),
+            )
+        )

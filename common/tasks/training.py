@@ -1,0 +1,261 @@
+"""Training at one hospital: Opacus gives per-row gradients, the patient is the unit, the gate adds the noise.
+
+Source: Abadi et al., arXiv 1607.00133 (DP-SGD); PRIVACY.md "The release gate"; Opacus 1.6
+(``GradSampleModule``, ``DPOptimizer``, ``ModuleValidator``).
+Rules: all rows of a patient are summed before clipping; every trainable parameter is in the one optimizer;
+model, wrapper and optimizer are new in each call, so nothing crosses rounds but the released state; noise,
+coins and rounding are the gate's: no torch generator and no accountant of Opacus takes part; an empty batch
+is a step like any other; normalisers are public constants. No size, value or count of rows reaches an error
+or the progress callback.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.validators import ModuleValidator
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from common.errors import FailureError, RefusedError
+from common.privacy.clipping import clip, sanitise
+from common.privacy.gate import Gate, LocalGate, PlainGate, Vector
+from common.study import DifferentialPrivacy, Study
+from common.tasks.models import build
+from common.tasks.models.layout import Tensor, flatten, layout, size, unflatten
+
+Progress: TypeAlias = Callable[[int, int], None]
+# Inputs, labels and patients of the same rows.
+Rows: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+
+# Memory for the per-row gradients of one piece of a batch. It does not change what is computed.
+PIECE_SIZE_BYTES: Final = 64 * 2**20
+
+
+class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
+    """SGD on what the gate lets through: group rows by patient, clip, sum, release, descend.
+
+    ``module`` is wrapped by a ``GradSampleModule`` with ``loss_reduction="sum"``; ``learning_rate``
+    multiplies the released sum, so it holds the public normaliser; ``clip_norm`` is None only without
+    differential privacy. A batch may come in several pieces (``signal_skip_step``), a patient in one only.
+
+    Guarantee: patients_are_clipped_whole - the sum given to the gate is that of a naive loop over patients.
+    Guarantee: only_released_gradients_are_applied - from ``step`` on ``p.grad`` holds nothing but what
+    ``gate.step`` returned.
+    Guarantee: parameters_outside_the_optimizer_are_refused - also frozen, shared or later ones, and buffers.
+
+    Raises: RefusedError when the module's parameters are not exactly the layout's.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tensors: Sequence[Tensor],
+        *,
+        learning_rate: float,
+        clip_norm: float | None,
+        gate: Gate,
+    ) -> None:
+        parameters = dict(module.named_parameters())
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        if shapes != {tensor.name: tensor.shape for tensor in tensors} or list(module.buffers()):
+            raise RefusedError("training.parameters", "the module's tensors are not those of its layout")
+        if not all(p.requires_grad and p.dtype == torch.float64 for p in parameters.values()):
+            raise RefusedError("training.parameters", "every parameter must be trainable and float64")
+        ordered = [parameters[tensor.name] for tensor in tensors]
+        super().__init__(
+            torch.optim.SGD(ordered, lr=learning_rate),
+            noise_multiplier=0.0,  # unused: add_noise asks the gate
+            max_grad_norm=clip_norm,
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
+        self._module = module
+        self._gate = gate
+        self._dim = size(tensors)
+        self._patients: torch.Tensor | None = None
+        self._patient_count = 0
+        self._sum: Vector | None = None
+
+    def take_patients(self, patients: torch.Tensor, count: int) -> None:
+        """Say whose the rows of the next backward pass are: int64 [rows], values in [0, count)."""
+        self._patients = patients
+        self._patient_count = count
+
+    def clip_and_accumulate(self) -> None:
+        """Add this piece's clipped patients to the sum of the batch.
+
+        Raises: RefusedError when the piece's patients were not told, or a parameter joined the module later.
+        """
+        patients, self._patients = self._patients, None
+        if patients is None:
+            raise RefusedError("training.patients", "a gradient step needs to know whose rows it sums")
+        if {id(p) for p in self._module.parameters()} != {id(p) for p in self.params}:
+            raise RefusedError("training.parameters", "a parameter of the module is outside the optimizer")
+        rows = torch.cat([sample.flatten(start_dim=1) for sample in self.grad_samples], dim=1)
+        whole = torch.zeros((self._patient_count, self._dim), dtype=torch.float64)
+        whole.index_add_(0, patients, rows)
+        vectors = whole.numpy()
+        clean = sanitise(vectors) if self.max_grad_norm is None else clip(vectors, self.max_grad_norm)
+        piece: Vector = clean.sum(axis=0)
+        self._sum = piece if self._sum is None else self._sum + piece
+        for parameter in self.params:
+            parameter.grad = None  # the backward pass left the raw, unclipped sum here
+
+    def add_noise(self) -> None:
+        """Hand the batch's sum to the gate and make what it releases the gradient."""
+        if self._sum is None:
+            raise RefusedError("training.sum", "there is no sum to release")
+        total, self._sum = self._sum, None
+        released = torch.from_numpy(self._gate.step(total))
+        start = 0
+        for parameter in self.params:
+            parameter.grad = released[start : start + parameter.numel()].view_as(parameter).clone()
+            start += parameter.numel()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients; the sum is kept only between the pieces of one batch."""
+        super().zero_grad(set_to_none=set_to_none)
+        if not self._is_last_step_skipped:
+            self._sum = None
+
+
+def train_local(
+    state: Mapping[str, NDArray[np.float32]],
+    x: NDArray[np.float64],
+    y: NDArray[np.int64],
+    patient_index: NDArray[np.int64],
+    study: Study,
+    gate: LocalGate | PlainGate,
+    progress: Progress,
+) -> Vector:
+    """All steps of one round of ``local`` at one hospital: the change of the model, float64 [d].
+
+    ``state`` is checked (``common.tasks.state``); ``x`` [rows, width] and ``y`` [rows] come from
+    ``Contract.encode``, rows with a label outside the classes (-1: unusable) are left out; ``patient_index``
+    [rows] is any integer that is equal for exactly the rows of one patient. ``progress(done, steps)`` is
+    called after each step. With differential privacy a step is ``learning_rate / (q n_pub)`` times the
+    released sum (q = 1 for full batches); without, ``learning_rate`` times the mean over the own usable rows.
+
+    Guarantee: agrees_with_a_naive_patient_loop - to 1e-12, ragged, empty and huge batches included.
+    Guarantee: a_nan_row_changes_only_its_patient - such a patient counts as zero.
+    Guarantee: an_empty_batch_is_a_noised_step - it asks the gate for noise and counts.
+    Guarantee: no_state_is_kept_between_calls - also after a call that was interrupted.
+    Guarantee: the_torch_seed_reaches_nothing - results don't depend on it, and it is not advanced.
+    Assumes: entries of ``x`` are in [-1, 1], the gate was made for this study's clip norm, steps and
+    dimension, and the weights are small enough for eta (``clipping.eta``) to cover that the last bits of a
+    row's gradient depend on which other rows share its matrix product; the tests measure it.
+
+    Raises: RefusedError for a gate that does not fit the study's privacy, a model that Opacus' validator
+    refuses, or more patients than max_patients; FailureError when the result is not finite.
+    """
+    privacy, training = study.privacy, study.training
+    private = isinstance(privacy, DifferentialPrivacy)
+    if not isinstance(gate, LocalGate if private else PlainGate):
+        raise RefusedError("training.gate", "the release gate does not fit the study's privacy")
+    if x.ndim != 2 or x.shape[1] != study.contract.width or not len(x) == y.size == patient_index.size:
+        raise RefusedError("training.shapes", "rows, labels and patients do not have the study's shape")
+
+    tensors = layout(study.model, study.contract)
+    start = flatten(state, tensors)
+    classes = len(study.contract.label.classes)
+    rows, patient_count = _by_patient(x, y, patient_index, classes)
+    if isinstance(privacy, DifferentialPrivacy):
+        scale = training.sampling_rate * training.patients_public
+    else:
+        scale = max(1, len(rows[1]))
+
+    # Gradients are needed whatever mode the caller is in: without them Opacus' hooks capture nothing.
+    with torch.enable_grad():
+        module = build(study.model, study.contract)
+        _load(module, start, tensors)
+        errors = ModuleValidator.validate(module, strict=False)
+        if errors:
+            raise RefusedError("training.model", f"Opacus refuses the model: {type(errors[0]).__name__}")
+        wrapped = GradSampleModule(module, batch_first=True, loss_reduction="sum", strict=True)
+        optimizer = GatedOptimizer(
+            module,
+            tensors,
+            learning_rate=training.learning_rate / scale,
+            clip_norm=privacy.clip_norm if isinstance(privacy, DifferentialPrivacy) else None,
+            gate=gate,
+        )
+        piece_rows = max(1, PIECE_SIZE_BYTES // (8 * size(tensors)))
+        for done in range(1, training.steps + 1):
+            chosen = gate.coins(patient_count)
+            _step(wrapped, optimizer, rows, chosen, piece_rows)
+            progress(done, training.steps)
+        end = flatten({name: p.detach().numpy() for name, p in module.named_parameters()}, tensors)
+
+    delta = end - start
+    if not np.isfinite(delta).all():
+        raise FailureError(
+            "training.diverged", "the weights left the finite numbers", remedy="Lower training.learning_rate."
+        )
+    return delta
+
+
+def _by_patient(
+    x: NDArray[np.float64], y: NDArray[np.int64], patient_index: NDArray[np.int64], classes: int
+) -> tuple[Rows, int]:
+    """Usable rows ordered by patient, with the patients numbered from 0, and how many patients there are.
+
+    A patient without a usable row is still one: coins are tossed for it, and it contributes zero.
+    """
+    patients, dense = np.unique(patient_index, return_inverse=True)
+    usable = np.flatnonzero((y >= 0) & (y < classes))
+    order = usable[np.argsort(dense[usable], kind="stable")]
+    return (x[order], y[order], dense[order].astype(np.int64)), len(patients)
+
+
+def _step(
+    wrapped: nn.Module,
+    optimizer: GatedOptimizer,
+    rows: Rows,
+    chosen: NDArray[np.bool_],
+    piece_rows: int,
+) -> None:
+    """One release: the chosen patients, in pieces of about ``piece_rows`` rows, then noise and descent."""
+    x, y, patients = rows
+    here = chosen[patients]
+    x, y, patients = x[here], y[here], patients[here]
+    for begin, stop in _pieces(patients, piece_rows):
+        _, local = np.unique(patients[begin:stop], return_inverse=True)
+        # Hooks on a module none of whose inputs needs a gradient make torch warn.
+        inputs = torch.tensor(x[begin:stop], dtype=torch.float64, requires_grad=True)
+        optimizer.zero_grad()
+        loss = cross_entropy(wrapped(inputs), torch.tensor(y[begin:stop]), reduction="sum")
+        loss.backward()  # type: ignore[no-untyped-call]
+        count = int(local[-1]) + 1 if len(local) else 0
+        optimizer.take_patients(torch.tensor(local, dtype=torch.int64), count)
+        optimizer.signal_skip_step(do_skip=stop < len(patients))
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _pieces(patients: NDArray[np.int64], piece_rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges that cover the sorted rows, cut only between patients; one empty range for no rows."""
+    begin = 0
+    while True:
+        stop = begin + piece_rows
+        if stop < len(patients):
+            # The last cut at or before ``stop``, or the end of the first patient if that one is longer.
+            cut = int(np.searchsorted(patients, patients[stop], side="left"))
+            stop = cut if cut > begin else int(np.searchsorted(patients, patients[stop], side="right"))
+        stop = min(stop, len(patients))
+        yield begin, stop
+        if stop >= len(patients):
+            return
+        begin = stop
+
+
+def _load(module: nn.Module, vector: Vector, tensors: Sequence[Tensor]) -> None:
+    """Write a flat state into the module's parameters, exactly."""
+    values = unflatten(vector, tensors)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.from_numpy(values[name]))
