@@ -71,7 +71,7 @@ class Review:
         """The review for people."""
         study = self.manifest.study
         aggregation, training = study.aggregation, study.training
-        n, m = len(self.manifest.members), aggregation.minimum_hospitals or 0
+        n, m = len(self.manifest.members), aggregation.minimum_hospitals
         lines = [
             f"study        {study.name}",
             f"purpose      {study.purpose}",
@@ -112,7 +112,7 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
     roster = guard.check_offer(manifest, signed_roster)
     admitted = guard.check_runnable(manifest)
     private = isinstance(manifest.study.privacy, DifferentialPrivacy)
-    planned = [guard.plan(manifest, admitted, i + 1) for i in range(manifest.study.training.rounds)]
+    planned = [guard.plan(admitted, i + 1) for i in range(manifest.study.training.rounds)]
     return Review(
         digest=digest,
         manifest=manifest,

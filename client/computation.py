@@ -41,18 +41,28 @@ class Computation:
             "split_key": split_key.hex(),
         }
         self._process: subprocess.Popen[bytes] | None = None
+        self._prepared = False
         self._lock = threading.Lock()
 
-    def start(self) -> None:
-        """Have a worker with the rows loaded. Raises ContractError or FailureError."""
+    def warm(self) -> None:
+        """Begin to start a worker without waiting for it: imports take seconds, and no row is read yet."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._spawn()
+                self._prepared = False
+
+    def start(self) -> None:
+        """Have a worker with the rows loaded. Raises ContractError or FailureError."""
+        self.warm()
+        with self._lock:
+            if not self._prepared:
+                self._greet()
                 self._ask(self._header, self._manifest_bytes)
+                self._prepared = True
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "client.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -60,11 +70,13 @@ class Computation:
             env=environment,
             cwd="/",
         )
-        frame = read_frame(process.stdout) if process.stdout else None
-        if frame is None:
+
+    def _greet(self) -> None:
+        process = self._process
+        frame = read_frame(process.stdout) if process is not None and process.stdout else None
+        if process is None or frame is None:
             raise FailureError("worker.start", "the worker process did not start", remedy="Check the installation.")
         log.info("worker %d started, network: %s", process.pid, frame[0].get("network"))
-        return process
 
     def _ask(self, header: dict[str, Any], blob: bytes) -> bytes:
         process = self._process

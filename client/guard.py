@@ -23,11 +23,8 @@ from common.ledger.store import Ledger
 from common.privacy.decimals import text_of
 from common.privacy.events import Event
 from common.privacy.filter import Cap, admits, odometer, rounds_left
-from common.privacy.gate import plan_event
 from common.roster import Roster, SignedRoster
 from common.study import Manifest, NoDifferentialPrivacy
-
-TASK = "training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ class Guard:
         self._identity = identity
         self._now = now
         self._pins = Pins(home)
-        register = self.policy.register
+        register = self.policy.privacy_register
         self.register_id = register.id
         self._actor = key_text(public_key(identity.ledger_key))
         self._ledger = Ledger.open(home.ledger, identity.ledger_key, clock=now)
@@ -115,7 +112,7 @@ class Guard:
             )
         if isinstance(study.privacy, NoDifferentialPrivacy) and not rules.allow_studies_without_differential_privacy:
             raise RefusedError("policy.no-dp", "the policy forbids studies without differential privacy")
-        if (study.aggregation.minimum_hospitals or 0) < rules.minimum_hospitals:
+        if study.aggregation.minimum_hospitals < rules.minimum_hospitals:
             raise RefusedError(
                 "policy.minimum-hospitals", f"the policy asks for at least {rules.minimum_hospitals} in a round"
             )
@@ -158,27 +155,16 @@ class Guard:
 
     # -- the budget ----------------------------------------------------------------------------------------
 
-    def plan(self, manifest: Manifest, admitted: Admitted, round_number: int) -> Event:
+    def plan(self, admitted: Admitted, round_number: int) -> Event:
         """The event that a round of the study charges. Its id is random, or none is ever charged twice."""
-        study = manifest.study
-        return plan_event(
-            admitted.gate_params,
-            self.register_id,
-            manifest.digest,
-            TASK,
-            round_number,
-            1,
-            len(manifest.members),
-            study.aggregation.colluders or 0,
-            os.urandom(16).hex(),
-        )
+        return admitted.event(self.register_id, round_number, 1, os.urandom(16).hex())
 
     def check_budget(self, manifest: Manifest, admitted: Admitted, round_number: int, rounds: int = 1) -> None:
         """Refuse what the register cannot pay, before anything changes.
 
         Raises: BudgetExhaustedError saying how many such rounds are left.
         """
-        event = self.plan(manifest, admitted, round_number)
+        event = self.plan(admitted, round_number)
         history = self._charged(self._ledger.entries())
         if event.kind == "no_dp":
             return
@@ -191,7 +177,7 @@ class Guard:
 
         Raises: BudgetExhaustedError; nothing is appended then.
         """
-        event = self.plan(manifest, admitted, round_number)
+        event = self.plan(admitted, round_number)
 
         def decide(entries: Sequence[Entry]) -> Charge:
             history = self._charged(entries)
@@ -199,7 +185,7 @@ class Guard:
                 (past.manifest_digest, past.round) == (event.manifest_digest, event.round) for past in history
             ):
                 raise RefusedError("guard.round-charged", "this round has been charged before")
-            if event.kind != "no_dp" and not admits(history, event, self.cap).admitted:
+            if event.kind != "no_dp" and not admits(history, event, self._cap(entries)).admitted:
                 raise self._exhausted(0, 1)
             return Charge(actor=self._actor, event=event.to_fields())
 
@@ -233,14 +219,17 @@ class Guard:
     def rounds_left(self, manifest: Manifest, admitted: Admitted) -> int:
         """How many more rounds of a study the register could pay."""
         history = self._charged(self._ledger.entries())
-        return rounds_left(history, self.plan(manifest, admitted, 1), self.cap)
+        return rounds_left(history, self.plan(admitted, 1), self.cap)
 
     @property
     def cap(self) -> Cap:
         """The caps in force: the policy's, and never above those with which the register was opened."""
-        opened = self._opened(self._ledger.entries())
-        cap = self.policy.register.cap
-        if opened is None or self.policy.register.id != self.register_id:
+        return self._cap(self._ledger.entries())
+
+    def _cap(self, entries: Sequence[Entry]) -> Cap:
+        opened = self._opened(entries)
+        cap = self.policy.privacy_register.cap
+        if opened is None or self.policy.privacy_register.id != self.register_id:
             raise RefusedError(
                 "guard.register", "the policy names another register than this ledger's",
                 remedy="Restore register.id in policy.toml.",

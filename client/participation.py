@@ -28,6 +28,7 @@ from common.privacy.events import Event
 from common.roster import Roster
 from common.run import read_study_document, run_params
 from common.secagg import records
+from common.secagg.params import RunParams
 from common.secagg.records import Record
 from common.secagg.site import Site
 from common.secagg.state import RunState
@@ -44,6 +45,7 @@ class _Run:
     """One approved study while it runs here."""
 
     manifest: Manifest
+    params: RunParams
     site: Site
     computation: Computation
     event: Event | None = None
@@ -155,6 +157,7 @@ class Participation:
         decision = self._guard.decision(request.man)
         if decision == "approved":
             self._guard.check_pins(manifest, roster)
+            self._run(request.man).computation.warm()
         return Reply(request.kind, True, (), decision or "received")
 
     def _run(self, man: bytes) -> _Run:
@@ -187,6 +190,7 @@ class Participation:
             raise RefusedError("participation.closed", "this run is closed at this hospital")
         run = _Run(
             manifest,
+            params,
             site,
             Computation(
                 manifest.to_bytes(),
@@ -242,7 +246,7 @@ class Participation:
             raise RefusedError("participation.event", "nothing is charged for this round")
         self._guard.released(run.event, site.attempt, header.ctx)
         payload = memoryview(site.payload())
-        chunks = tuple(bytes(payload[span.start : span.stop]) for span in site.layout.spans)
+        chunks = tuple(bytes(payload[span.start : span.stop]) for span in run.params.layout.spans)
         return Reply(messages.UPLOAD, True, (header,)), chunks
 
     def _result(self, run: _Run, result: records.Result) -> None:

@@ -86,7 +86,7 @@ class Policy(BaseModel):
     """``policy.toml``."""
 
     model_config = STRICT
-    register: Register
+    privacy_register: Annotated[Register, Field(alias="register")]
     rules: Rules = Rules()
     data: dict[Text, DataSource] = Field(default_factory=dict)
 

@@ -30,7 +30,7 @@ MAX_ID: Final = 65535
 _KEY_PREFIX: Final = "ed25519:"
 _NAME: Final = re.compile(r"[A-Za-z0-9._'-]+(?: [A-Za-z0-9._'-]+)*")
 _FIELD_PRIME: Final = 2**255 - 19
-_ORDER_8_Y: Final = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD83D3D706A17C7
+_ORDER_8_Y: Final = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
 _SMALL_ORDER_Y: Final = frozenset({0, 1, _FIELD_PRIME - 1, _ORDER_8_Y, _FIELD_PRIME - _ORDER_8_Y})
 """The y coordinates of the eight points whose order divides the cofactor 8."""
 
@@ -204,13 +204,16 @@ def read_secret(path: Path) -> bytes:
             f"the secret {path} cannot be read: {error.strerror}",
             remedy="Check that the file exists and belongs to the account that runs wardround.",
         ) from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RefusedError("identity.secret-kind", f"the secret {path} is not a regular file")
         if not _is_systemd_credential(path):
             _check_private(path, status)
-        data = file.read(MAX_SECRET_BYTES + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(MAX_SECRET_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if not 0 < len(data) <= MAX_SECRET_BYTES:
         raise RefusedError(
             "identity.secret-size",

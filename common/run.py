@@ -25,9 +25,6 @@ def run_params(manifest: Manifest, admitted: Admitted, roster: Roster, me: int) 
         if roster.member(party.id).name != party.name:
             raise VerificationError("run.member", f"the roster has another name for site {party.id}")
     aggregation = manifest.study.aggregation
-    t, rho, m = aggregation.colluders, aggregation.rollbacks, aggregation.minimum_hospitals
-    if t is None or rho is None or m is None:
-        raise VerificationError("run.defaults", "a manifest states t, rho and m")
     return RunParams(
         man=manifest.digest,
         parameters=admitted.dim,
@@ -40,9 +37,9 @@ def run_params(manifest: Manifest, admitted: Admitted, roster: Roster, me: int) 
         members=tuple(party.id for party in manifest.members),
         keys={member.id: member.protocol_key for member in roster.members},
         hub_key=key_bytes(manifest.hub),
-        t=t,
-        m=m,
-        rho=rho,
+        t=aggregation.colluders,
+        m=aggregation.minimum_hospitals,
+        rho=aggregation.rollbacks,
         attempts=aggregation.attempts,
         rounds_max=aggregation.rounds_max,
         state_norm_bound=aggregation.state_norm_bound,

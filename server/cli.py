@@ -112,7 +112,7 @@ def submit(
 
     with _desk(as_) as desk:
         signed = prepare(CoordinatorHome(as_), manifest, desk, token)
-        info = desk.submit(signed.data, signed.signature)
+        info = desk.submit(signed.manifest_bytes, signed.signature)
     return Outcome(f"study {info.name!r} submitted\n  digest  {info.digest}\n  status  {info.status}", _info(info))
 
 

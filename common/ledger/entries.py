@@ -76,6 +76,7 @@ Minute = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-
 DecimalText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,19})(\.[0-9]{0,39}[1-9])?$")]
 
 OutcomeReason = Literal[
+    "upload_started",
     "completed",
     "round_lost",
     "left_out_of_cohort",

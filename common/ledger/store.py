@@ -79,6 +79,10 @@ class _Chain:
         self.last: _Row | None = None
 
     def take(self, row: _Row) -> None:
+        """Check and take the next row. Raises VerificationError naming it; nothing is taken then."""
+        # A damaged page can hold NULL or text in spite of STRICT.
+        if type(row.seq) is not int or not all(isinstance(column, bytes) for column in row[1:]):
+            raise _tampered(self.frontier.size, "is damaged: a column has another type")
         if row.seq != self.frontier.size:
             raise VerificationError(
                 "ledger.gap",
@@ -191,11 +195,15 @@ class Ledger:
         """
         if self._key is None:
             raise RefusedError("ledger.read-only", "this ledger was opened without its key, for reading only")
-        with self._lock, _sqlite_errors(self._path), self._transaction():
-            self._refresh()
+        with self._lock, self._transaction():
+            with _sqlite_errors(self._path):
+                self._refresh()
             chain = self._chain
             entry = decide(tuple(chain.entries))
-            entry = leaves.placed(entry, chain.frontier.size, leaves.utc_minute(self._clock()))
+            minute = leaves.utc_minute(self._clock())
+            entry = leaves.placed(entry, chain.frontier.size, minute)
+            if entry.time > minute:
+                raise RefusedError("ledger.future", f"the entry says {entry.time}, but it is {minute}")
             chain.history.check(entry)
             leaf = leaves.encode(entry)
             leaves.decode(leaf)  # what could not be read again is never written
@@ -203,7 +211,8 @@ class Ledger:
             frontier = chain.frontier.append(hashed)
             signature = sign(self._key, _signed_bytes(public_key(self._key), frontier.size, frontier.root()))
             row = _Row(entry.seq, leaf, hashed, frontier.root(), signature)
-            self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", row)
+            with _sqlite_errors(self._path):
+                self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", row)
         # Nothing is remembered before the commit: the next refresh reads this row like any other.
         return entry.seq
 
@@ -312,10 +321,12 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
+        with _sqlite_errors(self._path):
+            self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
-            self._connection.execute("COMMIT")
+            with _sqlite_errors(self._path):
+                self._connection.execute("COMMIT")
         except BaseException:
             # A failed COMMIT (disk full) may have ended the transaction itself.
             if self._connection.in_transaction:
@@ -371,6 +382,7 @@ def _tampered(seq: int, what: str) -> VerificationError:
 
 @contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
+    """Errors of SQLite as ours. Never around a caller's code, which may have errors of the same kinds."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -380,7 +392,8 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
             f"the ledger {path} cannot be used: {error}",
             remedy="Check free space, permissions and whether another process holds it; then try again.",
         ) from error
-    except sqlite3.DatabaseError as error:
+    # Text of a damaged schema may not even be UTF-8.
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise VerificationError(
             "ledger.corrupt", f"{path} is not a sound ledger file: {error}", remedy=_RESTORE
         ) from error

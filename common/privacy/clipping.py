@@ -108,7 +108,11 @@ def noise_variance(z: Fraction, delta_g: int, sharers: int = 1) -> int:
 
 
 def z_threshold(variance: int, delta_g: int, sharers: int = 1) -> str:
-    """z_t = sqrt(sharers s_g^2 - 4) / Delta_g, rounded down: at most t members collude with the hub."""
+    """z_t = sqrt(sharers s_g^2 - 4) / Delta_g, rounded down: at most t members collude with the hub.
+
+    Guarantee: the_variance_less_four_rule_holds_in_one_dimension - the hockey-stick divergence of shifted
+    discrete Gaussians of variance s^2 is at most that of continuous ones of variance s^2 - 4.
+    """
     return root_over_down(sharers * variance - 4, delta_g)
 
 

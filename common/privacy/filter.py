@@ -8,6 +8,7 @@ decision and the charge.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
@@ -26,7 +27,6 @@ from common.privacy.accountant import (
     rho_units,
     sampler_slack,
     smallest_noise,
-    total_slack,
 )
 from common.privacy.decimals import fraction_of, text_of
 from common.privacy.events import Event
@@ -88,8 +88,21 @@ class _Totals:
 
     @classmethod
     def of(cls, events: Sequence[Event], view: View) -> "_Totals":
-        units = {order: sum(event_units(event, order, view) for event in events) for order in ORDERS}
-        return cls(units, total_slack(events))
+        # Rounds of one study are alike: count them by their texts, do the arithmetic once for each kind.
+        samples: dict[tuple[object, ...], Event] = {}
+        counts: Counter[tuple[object, ...]] = Counter()
+        for event in events:
+            if event.kind != "declared":
+                z = event.z_t if view == "t" else event.z_w
+                key = (event.q, z, event.steps, event.dim, event.u_size, event.beta)
+                samples[key] = event
+                counts[key] += 1
+        units = {
+            order: sum(count * event_units(samples[key], order, view) for key, count in counts.items())
+            for order in ORDERS
+        }
+        slack = sum((count * samples[key].mechanism.slack for key, count in counts.items()), Fraction(0))
+        return cls(units, slack)
 
     def plus(self, other: "_Totals", times: int = 1) -> "_Totals":
         units = {order: self.units[order] + times * other.units[order] for order in ORDERS}

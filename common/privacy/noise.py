@@ -36,6 +36,7 @@ LARGEST_VARIANCE: Final = 2**52
 _LARGEST_BLOCK: Final = 14
 _BITS: Final = 256
 _EXTRA_BITS: Final = _BITS - 64
+_LARGEST_BATCH: Final = 2**20
 _SLICES: Final = 32
 _DEGREE: Final = 7
 # The float path is off by less than 2^-46: gamma by 2^-52 of itself (and exp(-gamma) gamma < 1/2), the series
@@ -153,7 +154,7 @@ def discrete_gaussian(variance: int, size: int, entropy: Entropy, *, doubt: floa
     drawn: list[Integers] = []
     missing = size
     while missing > 0:
-        count = missing + missing // 2 + 16
+        count = min(missing + missing // 2 + 16, _LARGEST_BATCH)
         words = _words(3 * count, entropy).reshape(3, count)
         minus = (words[0] & np.uint64(1)).astype(np.bool_)
         k = _draw_blocks(variance, words[0] >> np.uint64(1), entropy)

@@ -44,17 +44,24 @@ class Setup:
     def cohort_among(self, ids: Collection[int]) -> tuple[int, ...]:
         """A set of ``ids``, ascending, in which every two have confirmed their pair.
 
-        The one with the fewest pairs leaves first, of equals the highest id: near the largest, not always it.
+        The one with the fewest pairs leaves first, of equals the highest id, until all are paired; who then
+        fits comes back. Near the largest, not always it.
 
-        Guarantee: cohorts_are_fully_paired - every two of the result are in ``pairs``.
+        Guarantee: cohorts_are_fully_paired - every two of the result are in ``pairs``, and none of ``ids``
+        that is paired with all of them is left out.
         """
-        left = set(ids) & {entry.id for entry in self.directory.entries}
-        while True:
-            degree = {i: sum((min(i, j), max(i, j)) in self.pairs for j in left if j != i) for i in left}
-            worst = min(left, key=lambda i: (degree[i], -i), default=0)
-            if not left or degree[worst] == len(left) - 1:
-                return tuple(sorted(left))
+        known = set(ids) & {entry.id for entry in self.directory.entries}
+        peers = {i: {j for j in known if (min(i, j), max(i, j)) in self.pairs} for i in known}
+        left = set(known)
+        while left:
+            worst = min(left, key=lambda i: (len(peers[i] & left), -i))
+            if len(peers[worst] & left) == len(left) - 1:
+                break
             left.remove(worst)
+        for i in sorted(known - left):
+            if left <= peers[i]:
+                left.add(i)
+        return tuple(sorted(left))
 
 
 class HubSetup:

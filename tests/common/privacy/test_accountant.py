@@ -166,6 +166,10 @@ def test_the_samplers_slack_is_taken_from_delta() -> None:
     assert free < costed
     assert accountant.gaussian_delta(costed, 0.4) + (1 + math.exp(costed)) * 1e-9 <= 1e-6 * (1 + 1e-9)
     assert accountant.compose_epsilon([term], 1e-6, Fraction(1, 10**6)) == math.inf
+    # Nearly all of delta used up: what is left needs an epsilon past the one that the slack was taken at.
+    ceiling = free * 1.001 + 0.01
+    nearly = Fraction((1e-6 - 1e-9) / (1 + math.exp(ceiling)))
+    assert accountant.compose_epsilon([term], 1e-6, nearly) == math.inf
     assert accountant.compose_epsilon([Term(Fraction(1), Fraction(1, 100), 1)], 1e-6, exact_need) == math.inf
 
 

@@ -183,6 +183,21 @@ def test_minus_zero_is_dropped() -> None:
     assert noise.discrete_gaussian(256, 1, Script(words.tobytes())).tolist() == [3]
 
 
+def test_large_draws_come_in_batches(entropy: Sources, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "_LARGEST_BATCH", 100)
+    asked: list[int] = []
+    source = entropy(9)
+
+    def counted(count: int) -> bytes:
+        asked.append(count)
+        return source(count)
+
+    drawn = noise.discrete_gaussian(2500, 5000, counted)
+    assert drawn.shape == (5000,)
+    assert max(asked) <= 3 * 8 * 100
+    assert drawn.std() == pytest.approx(50, rel=0.05)
+
+
 def test_no_size_needs_no_entropy() -> None:
     assert noise.discrete_gaussian(256, 0, Script()).shape == (0,)
 

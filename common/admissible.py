@@ -1,0 +1,168 @@
+"""Whether a manifest can be run: the one check that hub and hospital both make before anything else.
+
+Source: PRIVACY.md "The release gate" (grid, noise, codec bounds), PROTOCOL.md "A hospital itself refuses",
+"Codec". Rules: ``common.study`` has checked shape and ranges; here the model's size meets the gate's and the
+codec's bounds, exactly; no torch, no clock, no data; what this returns is all that a round needs to know.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from common.errors import UsageError
+from common.privacy.events import Event
+from common.privacy.gate import (
+    Entropy,
+    GateParams,
+    Integers,
+    LocalGate,
+    PlainGate,
+    PlainParams,
+    Quantise,
+    Vector,
+    plan_event,
+)
+from common.secagg.codec import fits, quantise
+from common.secagg.params import MAX_WORDS
+from common.study import Codec, DifferentialPrivacy, Manifest, Study
+from common.tasks.models.layout import Layout, layout, layout_digest, size
+
+TASK: Final = "training"
+REMEDY: Final = "Change the study and submit it again; its digest changes with it."
+
+_NO_ID: Final = "0" * 32
+_PRIVACY_FIELDS: Final = {
+    "privacy.eta": "privacy.max_patients",
+    "privacy.grid-step": "privacy.grid_step",
+    "privacy.noise-small": "privacy.noise_multiplier",
+    "privacy.noise-large": "privacy.noise_multiplier",
+    "privacy.rate": "training.sampling_rate",
+    "privacy.steps": "training.steps",
+}
+"""Which field of the study is told when a bound of the gate does not hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What follows from a manifest that can be run.
+
+    ``layout`` tensors in order; ``dim`` their length d; ``layout_digest`` 32 bytes; ``params`` the gate's
+    constants for one round.
+    """
+
+    manifest_digest: bytes
+    layout: Layout
+    layout_digest: bytes
+    dim: int
+    params: GateParams | PlainParams
+    codec: Codec
+    members: int
+    colluders: int
+
+    @property
+    def private(self) -> bool:
+        """Whether the study has differential privacy."""
+        return isinstance(self.params, GateParams)
+
+    def gate(self, entropy: Entropy) -> LocalGate | PlainGate:
+        """A new gate for one round. Product code passes os.urandom."""
+        if isinstance(self.params, GateParams):
+            return LocalGate(self.params, entropy)
+        return PlainGate(self.params)
+
+    def quantiser(self, entropy: Entropy) -> Quantise:
+        """float64 [d] to int64 [d] grid steps of the codec; ``entropy`` is used for dither alone."""
+        codec = self.codec
+        return partial(_quantised, codec=codec, entropy=entropy if codec.rounding == "dither" else None)
+
+    def event(self, register_id: str, round: int, attempt: int, event_id: str) -> Event:
+        """The event to charge to that register before a round; ids are 32 hex digits."""
+        return plan_event(
+            self.params,
+            register_id,
+            self.manifest_digest,
+            TASK,
+            round,
+            attempt,
+            self.members,
+            self.colluders,
+            event_id,
+        )
+
+
+def check(manifest: Manifest, now_minute: str | None) -> Admitted:
+    """Refuse a manifest that cannot be run as it stands.
+
+    ``now_minute`` is the own clock as "YYYY-MM-DDTHH:MMZ", None where the expiry is checked elsewhere.
+
+    Guarantee: bounds_hold_at_the_edge - the grid, the noise, eta and the codec are accepted at their bounds
+    and refused one step past them.
+    Guarantee: planned_events_exist - an admitted manifest's event is one that the ledger accepts.
+
+    Raises: UsageError with code ``study.<path>`` and the rule.
+    """
+    study = manifest.study
+    if now_minute is not None and now_minute >= study.expires:
+        raise _refusal("expires", f"the study expired at {study.expires}")
+    tensors = layout(study.model, study.contract)
+    dim = size(tensors)
+    if dim > MAX_WORDS:
+        raise _refusal("contract.features", f"the model has {dim} parameters, more than {MAX_WORDS}")
+    _check_codec(study)
+    admitted = Admitted(
+        manifest_digest=manifest.digest,
+        layout=tensors,
+        layout_digest=layout_digest(tensors),
+        dim=dim,
+        params=_gate_params(study, dim),
+        codec=study.aggregation.codec,
+        members=len(manifest.members),
+        colluders=study.aggregation.colluders,
+    )
+    try:
+        admitted.event(_NO_ID, study.training.rounds, 1, _NO_ID)
+    except UsageError as error:
+        raise _refusal("privacy", error.problem) from error
+    return admitted
+
+
+def _gate_params(study: Study, dim: int) -> GateParams | PlainParams:
+    privacy, training = study.privacy, study.training
+    if not isinstance(privacy, DifferentialPrivacy):
+        return PlainParams(dim=dim, steps=training.steps)
+    try:
+        return GateParams(
+            clip_norm=privacy.clip_norm,
+            grid_step=privacy.grid_step,
+            dim=dim,
+            noise_multiplier=privacy.noise_multiplier,
+            sampling=training.sampling,
+            rate=training.sampling_rate,
+            steps=training.steps,
+            max_patients=privacy.max_patients,
+            arithmetic=privacy.arithmetic,
+            mode=training.mode,
+        )
+    except UsageError as error:
+        raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error
+
+
+def _check_codec(study: Study) -> None:
+    """The sum of no cohort may wrap. In ``local`` the noise is inside the value that the codec clamps."""
+    rules, codec = study.aggregation, study.aggregation.codec
+    for cohort in range(rules.minimum_hospitals, len(study.members) + 1):
+        if not fits(cohort, codec.bits, codec.step, codec.range):
+            raise _refusal(
+                "aggregation.codec.range",
+                f"the sum over {cohort} hospitals can overflow {codec.bits} bits: range / step is too large",
+                "Use 32 bits, a larger step or a smaller range.",
+            )
+
+
+def _quantised(values: Vector, *, codec: Codec, entropy: Callable[[int], bytes] | None) -> Integers:
+    return quantise(values, codec.step, codec.range, codec.rounding, entropy)
+
+
+def _refusal(path: str, rule: str, remedy: str = "") -> UsageError:
+    return UsageError(f"study.{path}", f"{path}: {rule}", remedy=remedy or REMEDY, path=path)

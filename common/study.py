@@ -1,0 +1,450 @@
+"""What a study is: its parameters as the coordinator writes them, and the manifest that hospitals approve.
+
+Source: PROTOCOL.md "Manifest", DESIGN.md "A round, end to end", RFC 8785 (canonical JSON).
+Rules: shape and ranges are checked here, whether it can be run in ``common.admissible``; an unknown key, a
+NaN or a number out of range is refused with its field's path and rule; a manifest has one sequence of bytes,
+its digest names the study version, and a changed parameter is another digest.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal, NoReturn, Self, TypeAlias
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from common.contract import LARGEST, LISTED, STRICT, Contract, Line, broken
+from common.encoding import canonical_json, digest, labelled, parse_canonical_json
+from common.errors import UsageError, VerificationError
+from common.identity import MAX_ID, check_name, key_bytes, key_text, public_key, sign, verify
+from common.secagg.params import MAX_ATTEMPTS, MAX_MEMBERS, MAX_ROUNDS, smallest_cohort
+
+MAX_MANIFEST_BYTES: Final = 1 << 20
+SPARE_ROUNDS: Final = 3
+
+_MINUTE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
+_UNION_TAGS: Final = {"number", "category", "dp", "without_differential_privacy"}
+
+
+def _party_name(value: str) -> str:
+    try:
+        return check_name(value, "name")
+    except UsageError as error:
+        raise ValueError("must be 1-64 letters, digits, single spaces and . ' _ -") from error
+
+
+def _minute(value: str) -> str:
+    rule = 'must be a time in UTC to the minute, "YYYY-MM-DDTHH:MMZ"'
+    if not _MINUTE.fullmatch(value):
+        raise ValueError(rule)
+    try:
+        datetime.strptime(value, "%Y-%m-%dT%H:%MZ")
+    except ValueError as error:
+        raise ValueError(rule) from error
+    return value
+
+
+def _key(value: str) -> str:
+    try:
+        key_bytes(value)
+    except VerificationError as error:
+        raise ValueError("must be a public key, ed25519: and 43 characters") from error
+    return value
+
+
+def _one(value: object) -> object:
+    # True and 1.0 equal 1 and pass a Literal; another JSON type is another document.
+    if type(value) is not int:
+        raise ValueError("must be the integer 1")
+    return value
+
+
+def _whole(value: object) -> object:
+    if type(value) is not int:
+        raise ValueError("must be a whole number")
+    return value
+
+
+Name: TypeAlias = Annotated[str, AfterValidator(_party_name)]
+Title: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9 ._-]{1,64}$")]
+Statement: TypeAlias = Annotated[Line, Field(min_length=1)]
+Key: TypeAlias = Annotated[str, AfterValidator(_key)]
+Seconds: TypeAlias = Annotated[int, Field(ge=1, le=86_400)]
+Measure: TypeAlias = Annotated[float, Field(ge=1e-12, le=1e12)]
+
+
+class Model(BaseModel):
+    """Which model is trained; its tensors are in ``common.tasks.models.layout``."""
+
+    model_config = STRICT
+
+    kind: Literal["logistic_regression"]
+
+
+class Server(BaseModel):
+    """How the hub turns a round's mean into the next model."""
+
+    model_config = STRICT
+
+    strategy: Literal["fedavg"] = "fedavg"
+
+
+class Training(BaseModel):
+    """Rounds at the hub, optimiser ``steps`` at each hospital in a round.
+
+    ``sampling_rate`` is each patient's probability to take part in a step, 1 exactly for ``full``.
+    ``patients_public`` (n_pub) is the public constant by which a hospital's sums are divided; it need not be
+    the hospital's size, which is never used.
+    """
+
+    model_config = STRICT
+
+    mode: Literal["local"]
+    rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
+    steps: Annotated[int, Field(ge=1, le=10_000)]
+    learning_rate: Measure
+    sampling: Literal["full", "poisson"] = "full"
+    sampling_rate: Annotated[float, Field(ge=1e-9, le=1)] = 1.0
+    patients_public: Annotated[int, Field(ge=1, le=1_000_000_000)]
+    engine: Literal["opacus"] = "opacus"
+    server: Server = Server()
+
+    @model_validator(mode="after")
+    def _rate_fits_sampling(self) -> Self:
+        if self.sampling == "full" and self.sampling_rate != 1:
+            raise broken("sampling_rate", "must be 1.0 for full sampling")
+        if self.sampling == "poisson" and self.sampling_rate == 1:
+            raise broken("sampling_rate", "must be below 1.0 for poisson sampling")
+        return self
+
+
+class DifferentialPrivacy(BaseModel):
+    """The release gate's constants: C, grid step, noise multiplier z of one step, bound B on patients."""
+
+    model_config = STRICT
+
+    kind: Literal["dp"]
+    clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)]
+    grid_step: Annotated[float, Field(ge=1e-12, le=1e9)]
+    noise_multiplier: Annotated[float, Field(ge=1e-6, le=1e6)]
+    max_patients: Annotated[int, Field(ge=1, le=10_000_000)]
+    arithmetic: Literal["f64_bounded", "f32_assumed"] = "f64_bounded"
+
+
+class NoDifferentialPrivacy(BaseModel):
+    """A study without differential privacy: possible only where a hospital's policy says so by name."""
+
+    model_config = STRICT
+
+    kind: Literal["without_differential_privacy"]
+
+
+class Codec(BaseModel):
+    """Fixed point on the wire: ``bits`` a word; ``step`` and clamp ``range`` (R) in units of a parameter."""
+
+    model_config = STRICT
+
+    bits: Annotated[Literal[16, 32], BeforeValidator(_whole)] = 32
+    step: Measure
+    range: Measure
+    rounding: Literal["nearest", "dither"] = "nearest"
+
+    @model_validator(mode="after")
+    def _range_holds_a_step(self) -> Self:
+        if self.range < self.step:
+            raise broken("range", "must be at least step")
+        return self
+
+
+class Aggregation(BaseModel):
+    """The secure sum: cohort minimum m, colluders t, rollbacks rho, attempts A, R_max, times, codec.
+
+    In TOML ``minimum_hospitals``, ``colluders``, ``rollbacks`` and ``rounds_max`` may be left out: ``Study``
+    fills them in from the number of members and rounds, so that a manifest always states them.
+    """
+
+    model_config = STRICT
+
+    minimum_hospitals: Annotated[int, Field(ge=3, le=MAX_MEMBERS)]
+    colluders: Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
+    rollbacks: Annotated[int, Field(ge=0, le=MAX_MEMBERS)]
+    attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] = MAX_ATTEMPTS
+    rounds_max: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
+    ready_s: Annotated[int, Field(ge=0, le=86_400)] = 0
+    upload_s: Seconds
+    deadline_s: Seconds
+    state_norm_bound: Annotated[float, Field(gt=0, le=LARGEST)]
+    audit: Literal["digests", "payloads"] = "digests"
+    codec: Codec
+
+    @model_validator(mode="after")
+    def _times_are_in_order(self) -> Self:
+        if self.ready_s >= self.deadline_s:
+            raise broken("deadline_s", "must be later than ready_s")
+        return self
+
+
+def minimum_hospitals_bound(n: int, t: int, rho: int) -> int:
+    """Least m of PROTOCOL.md: max(3, t+2, ceil(2n/3), ceil((n+t+rho+1)/2)); above n no m is possible."""
+    return smallest_cohort(n, t, rho)
+
+
+def defaults(n: int) -> tuple[int, int, int]:
+    """(t, rho, m) for n hospitals: t = max(1, n // 5), rho = 1 (0 for n = 4), m = its bound."""
+    t, rho = max(1, n // 5), 0 if n == 4 else 1
+    return t, rho, minimum_hospitals_bound(n, t, rho)
+
+
+class Study(BaseModel):
+    """All parameters of a study. ``members``: site names; ``data``: the source's name in their policies."""
+
+    model_config = STRICT
+
+    name: Title
+    purpose: Statement
+    legal_basis: Statement
+    contact: Statement
+    permit: Line = ""
+    expires: Annotated[str, AfterValidator(_minute)]
+    members: Annotated[tuple[Name, ...], LISTED, Field(min_length=3, max_length=MAX_MEMBERS)]
+    data: Title
+    contract: Contract
+    model: Model
+    training: Training
+    privacy: Annotated[DifferentialPrivacy | NoDifferentialPrivacy, Field(discriminator="kind")]
+    aggregation: Aggregation
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: object) -> object:
+        """Order the members, state what ``aggregation`` leaves out; wrong types are left to be refused."""
+        if not isinstance(data, dict):
+            return data
+        filled = dict(data)
+        members, aggregation = filled.get("members"), filled.get("aggregation")
+        if not isinstance(members, list | tuple) or not all(isinstance(name, str) for name in members):
+            return filled
+        filled["members"] = tuple(sorted(members))
+        if isinstance(aggregation, dict):
+            filled["aggregation"] = _stated(aggregation, len(members), filled.get("training"))
+        return filled
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        n, rules = len(self.members), self.aggregation
+        if len(set(self.members)) != n:
+            raise broken("members", "must name each hospital once")
+        if rules.colluders > n - 2:
+            raise broken("aggregation.colluders", "must leave two hospitals that do not collude")
+        bound = minimum_hospitals_bound(n, rules.colluders, rules.rollbacks)
+        if bound > n:
+            raise broken("aggregation.rollbacks", f"must be less, or colluders: {n} hospitals are too few")
+        if not bound <= rules.minimum_hospitals <= n:
+            raise broken("aggregation.minimum_hospitals", f"must be {bound} to {n} for these members")
+        if rules.rounds_max < self.training.rounds:
+            raise broken("aggregation.rounds_max", "must be at least training.rounds")
+        if isinstance(self.privacy, DifferentialPrivacy):
+            if rules.codec.rounding == "dither":
+                raise broken("aggregation.codec.rounding", "must be nearest where noise is added")
+        elif self.training.sampling != "full":
+            raise broken("training.sampling", "must be full without differential privacy")
+        return self
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read a study file.
+
+        Guarantee: study_errors_name_the_field - code ``study.<path>`` and the rule, for each broken rule.
+
+        Raises: UsageError.
+        """
+        try:
+            value = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(
+                "study.toml", f"the study is not valid TOML: {error}", remedy="Correct that line."
+            ) from error
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            _refuse("study", error)
+
+
+def _stated(aggregation: dict[str, Any], n: int, training: object) -> dict[str, Any]:
+    t, rho, _ = defaults(n)
+    stated = {"colluders": t, "rollbacks": rho} | aggregation
+    counts = (stated["colluders"], stated["rollbacks"])
+    if all(type(count) is int and count >= 0 for count in counts):
+        stated.setdefault("minimum_hospitals", minimum_hospitals_bound(n, *counts))
+    rounds = training.get("rounds") if isinstance(training, dict) else None
+    if type(rounds) is int:
+        # A lost round is computed again under a new number; a few may be lost before the study must end.
+        stated.setdefault("rounds_max", min(MAX_ROUNDS, rounds + max(SPARE_ROUNDS, rounds // 10)))
+    return stated
+
+
+class Party(BaseModel):
+    """A member as the roster numbers it."""
+
+    model_config = STRICT
+
+    id: Annotated[int, Field(ge=1, le=MAX_ID)]
+    name: Name
+
+
+class Manifest(BaseModel):
+    """One study version for one roster: what is signed, digested and approved.
+
+    ``run`` 32 hex digits, never used again; ``roster`` 64 hex digits; ``hub`` and ``coordinator`` key texts;
+    ``members`` by ascending id, the study's members exactly.
+    """
+
+    model_config = STRICT
+
+    schema_version: Annotated[Literal[1], BeforeValidator(_one), Field(alias="schema")]
+    run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    roster: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    hub: Key
+    coordinator: Key
+    members: Annotated[tuple[Party, ...], LISTED, Field(min_length=3, max_length=MAX_MEMBERS)]
+    study: Study
+
+    @model_validator(mode="after")
+    def _parties_agree(self) -> Self:
+        ids = [party.id for party in self.members]
+        if ids != sorted(set(ids)):
+            raise broken("members", "must have ascending ids without repetition")
+        if sorted(party.name for party in self.members) != list(self.study.members):
+            raise broken("members", "must be the members of the study")
+        if self.hub == self.coordinator:
+            raise broken("coordinator", "must have another key than the hub")
+        return self
+
+    def to_bytes(self) -> bytes:
+        """RFC 8785 bytes.
+
+        Guarantee: manifests_have_one_form - from_bytes(to_bytes(x)) == x, every other byte string is refused.
+        """
+        return canonical_json(self.model_dump(mode="json", by_alias=True))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read a manifest strictly.
+
+        Raises: VerificationError unless ``data`` is canonical; UsageError for a broken rule.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise VerificationError("manifest.size", f"a manifest has at most {MAX_MANIFEST_BYTES} bytes")
+        value = parse_canonical_json(data, "the manifest")
+        try:
+            manifest = cls.model_validate(value)
+        except ValidationError as error:
+            _refuse("manifest", error)
+        # Defaults filled in, members put in order: such bytes were not made by to_bytes.
+        if manifest.to_bytes() != data:
+            raise VerificationError("manifest.not-canonical", "the manifest does not state all of its fields")
+        return manifest
+
+    @property
+    def digest(self) -> bytes:
+        """man = H("manifest", bytes), 32 bytes: the name of this study version."""
+        return digest("manifest", self.to_bytes())
+
+    def diff(self, other: "Manifest") -> list[tuple[str, object, object]]:
+        """What changes from this manifest to ``other``: (path, old, new), None where a field is absent.
+
+        Features are named, not numbered, so that one more in front is one change.
+
+        Guarantee: diff_names_every_change - and is empty only for equal manifests.
+        """
+        old, new = _flat(self), _flat(other)
+        paths = [*old, *(path for path in new if path not in old)]
+        changed = [p for p in paths if p not in old or p not in new or old[p] != new[p]]
+        return [(p, old.get(p), new.get(p)) for p in changed]
+
+
+@dataclass(frozen=True, slots=True)
+class SignedManifest:
+    """Manifest bytes and the coordinator's Ed25519 signature over labelled("sig/manifest", bytes)."""
+
+    manifest_bytes: bytes
+    signature: bytes
+
+    @classmethod
+    def sign(cls, manifest: Manifest, private: Ed25519PrivateKey) -> Self:
+        """Sign with the key that the manifest names as the coordinator's, else VerificationError."""
+        if key_text(public_key(private)) != manifest.coordinator:
+            raise VerificationError("manifest.coordinator", "the manifest names another coordinator's key")
+        data = manifest.to_bytes()
+        return cls(data, sign(private, labelled("sig/manifest", data)))
+
+    def verify(self) -> Manifest:
+        """The manifest, its signature checked by the key it names; whether to trust that key is policy.
+
+        Guarantee: altered_manifests_are_refused - any other bytes, signature or signer.
+
+        Raises: VerificationError or UsageError.
+        """
+        manifest = Manifest.from_bytes(self.manifest_bytes)
+        data = labelled("sig/manifest", self.manifest_bytes)
+        verify(key_bytes(manifest.coordinator), self.signature, data, "manifest")
+        return manifest
+
+
+def _flat(manifest: Manifest) -> dict[str, object]:
+    leaves: dict[str, object] = {}
+
+    def visit(path: str, value: object) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                visit(f"{path}.{key}" if path else str(key), inner)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            leaves[path] = [item["name"] for item in value]
+            for item in value:
+                visit(f"{path}[{item['name']}]", item)
+        else:
+            leaves[path] = value
+
+    visit("", manifest.model_dump(mode="json", by_alias=True))
+    return leaves
+
+
+def _refuse(root: str, error: ValidationError) -> NoReturn:
+    """The first broken rule as a UsageError with code ``<root>.<path>``."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    parts: list[str] = []
+    for part in first["loc"]:
+        # Pydantic names the branch of a union between the field and what is below it.
+        if part in _UNION_TAGS and parts and (parts[-1].isdecimal() or parts[-1] == "privacy"):
+            continue
+        parts.append(str(part))
+    if first["type"] == "rule":
+        parts.append(str(first["ctx"]["field"]))
+    path = ".".join(parts) or root
+    rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    raise UsageError(
+        f"{root}.{path}",
+        f"{path}: {rule[:1].lower()}{rule[1:]}",
+        remedy="Correct this field; unknown keys are errors.",
+        path=path,
+    ) from error
+
+
+__all__ = [
+    "Aggregation",
+    "Codec",
+    "DifferentialPrivacy",
+    "Manifest",
+    "Model",
+    "NoDifferentialPrivacy",
+    "Party",
+    "Server",
+    "SignedManifest",
+    "Study",
+    "Training",
+    "defaults",
+    "minimum_hospitals_bound",
+]

@@ -1,0 +1,712 @@
+"""The rounds of one hospital against a hub that repeats, splits, lies and crashes it."""
+
+import copy
+import dataclasses
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import RefusedError, VerificationError, WardroundError
+from common.secagg import keys, records
+from common.secagg.hub import HubRound
+from common.secagg.records import Cohort, OpenPlease, Result, RoundStart
+from common.secagg.site import Site
+from common.secagg.state import RunState
+from tests.common.secagg.federation import MODEL, NOW, Federation, matches, memory, signing_key
+from tests.common.secagg.reference import hash_of, kdf, masked
+
+FOUR, FIVE = memory(4), memory(5)
+
+
+def hub_signed(record: RoundStart | Result, federation: Federation) -> Any:
+    return records.signed(record, federation.params.man, signing_key("hub").sign)
+
+
+def refuses(federation: Federation, i: int, call: Callable[[], object], match: str) -> None:
+    before = list(federation.disks[i].versions)
+    with pytest.raises(WardroundError, match=match):
+        call()
+    assert federation.disks[i].versions == before
+
+
+def uploaded(federation: Federation, number: int = 1) -> tuple[HubRound, Cohort]:
+    hub = federation.round(number)
+    federation.ready(hub)
+    cohort = hub.cohort()
+    federation.upload(hub, cohort)
+    return hub, cohort
+
+
+# Sums ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("n", range(3, 11))
+def test_sums_are_exact(n: int, bits: int) -> None:
+    federation = Federation(n, bits=bits, range=1000.0 if bits == 16 else 5e7, parameters=7, scalars=n % 3)
+    federation.pair()
+    for number in (1, 2, 5):
+        sums = federation.whole_round(number)
+        assert sums.cohort == federation.ids
+        assert matches(federation, sums, number)
+        assert sums.digest == hash_of(
+            "sum",
+            b"".join((v % (1 << bits)).to_bytes(bits // 8, "little") for v in sums.parameters.tolist()),
+            b"".join((v % (1 << 64)).to_bytes(8, "little") for v in sums.scalars.tolist()),
+        )
+
+
+def test_sums_are_exact_at_the_bounds_of_the_codec() -> None:
+    federation = FOUR()
+    hub = federation.round()
+    bound = int(federation.params.range / federation.params.step) + 1
+    scalar = ((1 << 63) - 1) // 4
+    for i, sign in zip(federation.ids, (1, -1, -1, -1), strict=True):
+        q = np.full(5, sign * bound, dtype=np.int64), np.full(2, sign * scalar, dtype=np.int64)
+        hub.on_ready(i, federation.sites[i].ready(*q, MODEL))
+    federation.upload(hub, hub.cohort())
+    federation.open(hub)
+    assert set(hub.finish().parameters.tolist()) == {-2 * bound}
+    assert set(hub.finish().scalars.tolist()) == {-2 * scalar}
+
+
+def test_an_upload_is_the_one_of_the_reference() -> None:
+    federation = FOUR()
+    hub = federation.round(2)
+    nus = {i: ready.nu for i, ready in federation.ready(hub).items()}
+    cohort = hub.cohort()
+    site, state = federation.sites[3], federation.disks[3]
+    header = site.on_cohort(cohort)
+    kept = state.state
+    flat = [part for i in (1, 2, 3, 4) for part in (i.to_bytes(2, "little"), nus[i])]
+    man, dirh = federation.params.man, hub.start.dirh
+    ctx = hash_of("ctx", man, dirh, b"\x02\0\0\0", b"\x01", MODEL, b"\x04\0", *flat)
+    params, scalars = (vector.tolist() for vector in federation.vectors(3, 2))
+    q_digest = hash_of(
+        "q",
+        b"".join((v % 2**32).to_bytes(4, "little") for v in params),
+        b"".join((v % 2**64).to_bytes(8, "little") for v in scalars),
+    )
+    assert nus[3] == kdf(kept.s, "ready", man, b"\x02\0\0\0", b"\x03\0", q_digest)
+    b = kdf(kept.s, "self", ctx)
+    held = dict(kept.keys)
+    expected = masked(params, 4, b, held, 3, [1, 2, 3, 4], b"params", ctx)
+    expected += masked(scalars, 8, b, held, 3, [1, 2, 3, 4], b"scalars", ctx)
+    assert site.payload() == expected
+    assert header.ctx == ctx
+    assert header.commit == kdf(b, "commit", ctx, b"\x03\0")
+    assert header.payload_digest == hash_of("payload", *header.chunk_digests)
+    # Round 2 without round 1: K_0 was advanced twice.
+    first = dict(federation.disks[3].state.keys)
+    assert all(len(key) == 32 for key in first.values())
+    federation.upload(hub, cohort, (1, 2, 4))
+    federation.send_payload(hub, 3, header)
+    federation.open(hub)
+    assert matches(federation, hub.finish(), 2)
+
+
+def test_the_ratchet_advances_once_a_round_and_catches_up() -> None:
+    federation = FOUR()
+    zero = dict(federation.disks[1].state.keys)
+    federation.round(3)
+    assert dict(federation.disks[1].state.keys) == {i: keys.ratchet(key, 3) for i, key in zero.items()}
+    assert federation.disks[1].state.index == 3
+    assert keys.ratchet(zero[2], 3) == kdf(kdf(kdf(zero[2], "ratchet"), "ratchet"), "ratchet")
+
+
+# Rounds ----------------------------------------------------------------------------------------------
+
+
+def test_rounds_strictly_increase() -> None:
+    federation = FOUR()
+    start = federation.round(2).start
+    earlier = hub_signed(dataclasses.replace(start, round=1), federation)
+    zero = hub_signed(dataclasses.replace(start, round=0), federation)
+    other_model = hub_signed(dataclasses.replace(start, model_digest=bytes(32)), federation)
+    for _ in range(2):
+        for again in (start, earlier, zero, other_model):
+            refuses(federation, 1, lambda again=again: federation.sites[1].on_round_start(again), "once")  # type: ignore[misc]
+        federation.restart(1)
+    beyond = hub_signed(dataclasses.replace(start, round=6), federation)
+    refuses(federation, 1, lambda: federation.sites[1].on_round_start(beyond), "no such round")
+
+
+def test_false_starts_are_refused() -> None:
+    federation = FOUR()
+    start = federation.round(1, start_at=()).start
+    cases = [
+        (dataclasses.replace(start, sig=bytes(64)), "not signed by the hub"),
+        (dataclasses.replace(start, model_digest=bytes(32)), "not signed by the hub"),
+        (dataclasses.replace(start, state=bytes(32)), "not signed by the hub"),
+        (dataclasses.replace(start, deadline=1), "not signed by the hub"),
+        (records.signed(start, federation.params.man, signing_key("site 2").sign), "not signed by the hub"),
+        (hub_signed(dataclasses.replace(start, man=bytes(32)), federation), "another run"),
+        (hub_signed(dataclasses.replace(start, dirh=bytes(32)), federation), "another run or directory"),
+    ]
+    for false, match in cases:
+        refuses(federation, 1, lambda false=false: federation.sites[1].on_round_start(false), match)  # type: ignore[misc]
+    federation.sites[1].on_round_start(start)
+
+
+def test_a_round_before_the_setup_or_with_too_few_pairs_is_refused() -> None:
+    federation = Federation(4)
+    start = FOUR().round(1, start_at=()).start
+    refuses(federation, 1, lambda: federation.sites[1].on_round_start(start), "another run")
+    for i, site in federation.sites.items():
+        federation.hub.on_announce(i, site.announce())
+    directory = federation.hub.directory()
+    for i, site in federation.sites.items():
+        federation.hub.on_pair_seeds(i, site.on_directory(directory))
+    for i, site in federation.sites.items():
+        federation.hub.on_confirm(i, site.on_pair_seeds(federation.hub.seeds_for(i)))
+    federation.sites[1].on_confirms(federation.hub.confirms_for(1)[:1])
+    federation.setup = federation.hub.outcome()
+    start = federation.round(1, start_at=()).start
+    refuses(federation, 1, lambda: federation.sites[1].on_round_start(start), "shares keys with 1 others")
+    federation.sites[1].on_confirms(federation.hub.confirms_for(1)[:2])
+    federation.sites[1].on_round_start(start)
+    # A pair that was never accepted is forgotten with the setup.
+    assert set(dict(federation.disks[1].state.keys)) == federation.sites[1].accepted
+    assert len(federation.sites[1].accepted) == 2
+
+
+def test_a_round_is_computed_once() -> None:
+    federation = FOUR()
+    site, q = federation.sites[1], federation.vectors(1)
+    refuses(federation, 1, lambda: site.ready(*q, MODEL), "no open round")
+    hub = federation.round(1)
+    site.ready(*q, MODEL)
+    refuses(federation, 1, lambda: site.ready(*q, MODEL), "no open round")
+    federation.sites[2].ready(*federation.vectors(2), MODEL)
+    again = federation.restart(2)
+    refuses(federation, 2, lambda: again.ready(*q, MODEL), "restart is a dropout")
+    assert hub.start.round == again.round == 1
+
+
+def test_vectors_of_another_model_shape_or_size_are_refused() -> None:
+    federation = FOUR()
+    federation.round(1)
+    site, (params, scalars) = federation.sites[1], federation.vectors(1)
+    bound = int(federation.params.range / federation.params.step) + 1
+    too_large = params.copy()
+    too_large[2] = -bound - 1
+    huge = scalars.copy()
+    huge[0] = ((1 << 63) - 1) // 4 + 1
+    for arguments, match in (
+        ((params, scalars, bytes(32)), "another model"),
+        ((params[:4], scalars, MODEL), "5 64-bit"),
+        ((params, scalars[:1], MODEL), "2 64-bit"),
+        ((params.astype(np.int32), scalars, MODEL), "64-bit integers"),
+        ((params.astype(np.float64), scalars, MODEL), "64-bit integers"),
+        ((too_large, scalars, MODEL), "past the bound"),
+        ((params, huge, MODEL), "past the bound"),
+    ):
+        refuses(federation, 1, lambda arguments=arguments: site.ready(*arguments), match)  # type: ignore[misc]
+    site.ready(params, scalars, MODEL)
+
+
+# Cohorts and attempts --------------------------------------------------------------------------------
+
+
+def test_a_bad_cohort_is_refused() -> None:
+    federation = FIVE()
+    hub = federation.round(1)
+    federation.ready(hub)
+    good = hub.cohort()
+    members = good.members
+    nus = dict(members)
+    site = federation.sites[2]
+    cases: list[tuple[Cohort, str]] = [
+        (dataclasses.replace(good, round=2), "no such round"),
+        (dataclasses.replace(good, round=0), "no such round"),
+        (dataclasses.replace(good, attempt=0), "attempts increase"),
+        (dataclasses.replace(good, attempt=4), "attempts increase"),
+        (dataclasses.replace(good, members=()), "at least 4"),
+        (dataclasses.replace(good, members=(members[1],)), "at least 4"),
+        (dataclasses.replace(good, members=members[:2]), "at least 4"),
+        (dataclasses.replace(good, members=members[:3]), "at least 4"),
+        (dataclasses.replace(good, members=(members[1],) * 5), "ascending"),
+        (dataclasses.replace(good, members=(*members, members[4])), "ascending"),
+        (dataclasses.replace(good, members=members[::-1]), "ascending"),
+        (dataclasses.replace(good, members=(members[0], *members[2:])), "not in the cohort"),
+        (dataclasses.replace(good, members=(*members, (9, bytes(32)))), "accepted pair"),
+        (dataclasses.replace(good, members=(*members[:4], (9, bytes(32)))), "accepted pair"),
+        (dataclasses.replace(good, members=(members[0], (2, bytes(32)), *members[2:])), "another vector"),
+        (dataclasses.replace(good, members=(members[0], (2, nus[1]), *members[2:])), "another vector"),
+    ]
+    for bad, match in cases:
+        refuses(federation, 2, lambda bad=bad: site.on_cohort(bad), match)  # type: ignore[misc]
+    assert site.on_cohort(good).ctx == hub.accumulator.ctx
+
+
+def test_a_cohort_with_a_peer_without_an_accepted_pair_is_refused() -> None:
+    federation = Federation(4)
+    for i, site in federation.sites.items():
+        federation.hub.on_announce(i, site.announce())
+    for i, site in federation.sites.items():
+        federation.hub.on_pair_seeds(i, site.on_directory(federation.hub.directory()))
+    for i, site in federation.sites.items():
+        federation.hub.on_confirm(i, site.on_pair_seeds(federation.hub.seeds_for(i)))
+    for i, site in federation.sites.items():
+        # Hospital 1 holds a key with 4 and never hears 4's tag.
+        site.on_confirms([c for c in federation.hub.confirms_for(i) if (i, c.id) != (1, 4)])
+    federation.setup = federation.hub.outcome()
+    hub = federation.round(1)
+    federation.ready(hub)
+    cohort = hub.cohort()
+    assert cohort.ids == (1, 2, 3, 4)
+    refuses(federation, 1, lambda: federation.sites[1].on_cohort(cohort), "without an accepted pair")
+    federation.upload(hub, hub.cohort(without=(4,)))
+    federation.open(hub)
+    assert matches(federation, hub.finish())
+
+
+def test_another_hospitals_nu_makes_another_context() -> None:
+    """A hub that shows each hospital other values of nu gets masks that never cancel, and no second upload."""
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    good = hub.cohort()
+    split = dataclasses.replace(good, members=((1, bytes(32)), *good.members[1:]))
+    contexts = {i: federation.sites[i].on_cohort(split if i == 2 else good).ctx for i in federation.ids}
+    assert len(set(contexts.values())) == 2
+    refuses(federation, 2, lambda: federation.sites[2].on_cohort(good), "attempts increase")
+    assert not federation.sites[2].opened
+
+
+def test_attempts_strictly_increase() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    members = hub.cohort().members
+    site = federation.sites[1]
+
+    def cohort(attempt: int, without: int = 0) -> Cohort:
+        return Cohort(1, attempt, tuple(pair for pair in members if pair[0] != without))
+
+    first = site.on_cohort(cohort(1))
+    assert site.on_cohort(cohort(1)) == first
+    refuses(federation, 1, lambda: site.on_cohort(cohort(1, 4)), "attempts increase")
+    third = site.on_cohort(cohort(3, 4))
+    assert third.ctx != first.ctx
+    for attempt, without in ((1, 0), (2, 0), (2, 3), (3, 0), (4, 0)):
+        refuses(federation, 1, lambda a=attempt, w=without: site.on_cohort(cohort(a, w)), "attempts increase")  # type: ignore[misc]
+    assert site.on_cohort(cohort(3, 4)) == third
+    assert (site.attempt, site.cohort) == (3, (1, 2, 3))
+
+
+@pytest.mark.parametrize("dropped", [1, 2, 3, 4])
+def test_a_dropout_before_upload_is_masked_away_by_a_new_attempt(dropped: int) -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    first = hub.cohort()
+    for i in federation.ids:
+        if i != dropped:
+            federation.send_payload(hub, i, federation.sites[i].on_cohort(first))
+    assert hub.missing_uploads() == (dropped,)
+    with pytest.raises(RefusedError, match="have not uploaded"):
+        hub.open_please()
+    second = hub.cohort(without=hub.missing_uploads())
+    federation.upload(hub, second)
+    federation.open(hub)
+    assert hub.finish().cohort == tuple(i for i in federation.ids if i != dropped)
+    assert matches(federation, hub.finish())
+
+
+def test_a_dropout_before_ready_leaves_it_out() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub, (1, 3, 4))
+    assert hub.missing_ready() == (2,)
+    federation.upload(hub, hub.cohort())
+    federation.open(hub)
+    assert matches(federation, hub.finish())
+    # The one that missed the round takes part in the next.
+    assert matches(federation, federation.whole_round(2), 2)
+
+
+def test_two_attempts_of_one_vector_share_no_mask() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    cohort = hub.cohort()
+    site = federation.sites[1]
+    payloads = []
+    for attempt in (1, 2, 3):
+        site.on_cohort(dataclasses.replace(cohort, attempt=attempt))
+        payloads.append(np.frombuffer(site.payload()[:24], dtype="<u4"))
+    for a, b in itertools.combinations(payloads, 2):
+        assert (a != b).all()
+
+
+# Opening ---------------------------------------------------------------------------------------------
+
+
+def test_only_the_latest_upload_opens() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    site = federation.sites[1]
+    refuses(federation, 1, lambda: site.on_open_please(OpenPlease(bytes(32))), "latest upload")
+    cohort = hub.cohort()
+    first = site.on_cohort(cohort)
+    refuses(federation, 1, lambda: site.on_open_please(OpenPlease(bytes(32))), "latest upload")
+    second = site.on_cohort(hub.cohort(without=(4,)))
+    refuses(federation, 1, lambda: site.on_open_please(OpenPlease(first.ctx)), "latest upload")
+    assert site.on_open_please(OpenPlease(second.ctx)).ctx == second.ctx
+    refuses(federation, 1, lambda: site.on_open_please(OpenPlease(first.ctx)), "latest upload")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_nothing_uploads_after_opening(restarted: bool) -> None:
+    federation = FOUR()
+    hub, cohort = uploaded(federation)
+    payload = federation.sites[1].payload()
+    header = federation.sites[1].on_cohort(cohort)
+    request = hub.open_please()
+    opened = federation.sites[1].on_open_please(request)
+    site = federation.restart(1) if restarted else federation.sites[1]
+    before = list(federation.disks[1].versions)
+    assert site.on_open_please(request) == opened
+    assert site.on_cohort(cohort) == header
+    assert site.payload() == payload
+    assert federation.disks[1].versions == before
+    for attempt in (1, 2, 3):
+        other = dataclasses.replace(cohort, attempt=attempt, members=cohort.members[:3])
+        refuses(federation, 1, lambda other=other: site.on_cohort(other), "has been opened")  # type: ignore[misc]
+
+
+def test_opening_erases_the_round() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    drawn = federation.entropy[1]
+    federation.ready(hub)
+    seed = type(drawn)(drawn.name)
+    seed.calls = drawn.calls - 1
+    s = seed(32)
+    federation.upload(hub, hub.cohort())
+    disk = federation.disks[1]
+    during = disk.state
+    assert during.s == s
+    round_keys = [key for _, key in during.keys]
+    federation.open(hub)
+    after = disk.versions[-1]
+    assert s not in after
+    assert not any(key in after for key in round_keys)
+    assert dict(disk.state.keys) == {i: keys.ratchet(key, 1) for i, key in during.keys}
+    site = federation.sites[1]
+    assert s not in vars(site).values()
+    assert site._vectors is None
+    assert not any(s in version for version in disk.versions[:-2])
+
+
+def test_the_vectors_are_never_stored() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    q = [vector.astype("<u4" if vector.size == 5 else "<u8").tobytes() for vector in federation.vectors(1)]
+    federation.upload(hub, hub.cohort())
+    federation.open(hub)
+    assert not any(part in version for part in q for version in federation.disks[1].versions)
+
+
+def test_the_vectors_in_memory_are_wiped() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    held = federation.sites[1]._vectors
+    assert held is not None
+    assert held[0].any()
+    federation.upload(hub, hub.cohort())
+    federation.open(hub)
+    assert not held[0].any()
+    assert not held[1].any()
+
+
+def test_earlier_rounds_are_erased() -> None:
+    federation = FOUR()
+    hub, _ = uploaded(federation, 1)
+    federation.open(hub, (1, 2))
+    late = hub.open_please()
+    secrets: dict[int, list[bytes]] = {}
+    for i in (1, 3):
+        state = federation.disks[i].state
+        assert state.header is not None
+        b = state.opened.b if state.opened else keys.self_seed(state.s, state.header.ctx)
+        secrets[i] = [b, state.payload[:16]]
+        if state.opened is None:
+            secrets[i] += [state.s, *(key for _, key in state.keys)]
+    assert [len(values) for values in secrets.values()] == [2, 6]
+    federation.round(2)
+    for i, values in secrets.items():
+        now = federation.disks[i].versions[-1]
+        assert not any(value in now for value in values)
+        # A lost round stays lost: its late opening is refused.
+        refuses(federation, i, lambda i=i: federation.sites[i].on_open_please(late), "latest upload")  # type: ignore[misc]
+        refuses(federation, i, lambda i=i: federation.sites[i].payload(), "no upload")  # type: ignore[misc]
+
+
+# Crashes ---------------------------------------------------------------------------------------------
+
+
+def test_after_a_restart_the_kept_bytes_are_sent_and_nothing_else() -> None:
+    federation = FOUR()
+    hub, cohort = uploaded(federation)
+    header, payload = federation.sites[1].on_cohort(cohort), federation.sites[1].payload()
+    site = federation.restart(1)
+    assert site.on_cohort(cohort) == header
+    assert site.payload() == payload
+    second = dataclasses.replace(cohort, attempt=2, members=cohort.members[:3])
+    refuses(federation, 1, lambda: site.on_cohort(second), "dropped out")
+    federation.open(hub)
+    assert matches(federation, hub.finish())
+
+
+def test_a_restart_before_the_upload_is_a_dropout() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    site = federation.restart(1)
+    refuses(federation, 1, lambda: site.on_cohort(hub.cohort()), "dropped out")
+    federation.upload(hub, hub.cohort(without=(1,)))
+    federation.open(hub)
+    assert matches(federation, hub.finish())
+    assert matches(federation, federation.whole_round(2), 2)
+
+
+@pytest.mark.parametrize("step", ["start", "cohort", "second", "open"])
+def test_a_failing_write_changes_nothing_and_can_be_tried_again(step: str) -> None:
+    federation = FOUR()
+    hub = federation.round(1, start_at=(2, 3, 4))
+    site, disk = federation.sites[1], federation.disks[1]
+
+    def attempt(name: str, call: Callable[[], Any]) -> Any:
+        if name == step:
+            disk.fail = 2
+            before = (list(disk.versions), site.round, site.attempt, site.opened)
+            for _ in range(2):
+                with pytest.raises(OSError, match="disk full"):
+                    call()
+            assert (list(disk.versions), site.round, site.attempt, site.opened) == before
+        return call()
+
+    attempt("start", lambda: site.on_round_start(hub.start))
+    federation.ready(hub)
+    first, cohort = hub.cohort(), hub.cohort()
+    attempt("cohort", lambda: site.on_cohort(first))
+    attempt("second", lambda: site.on_cohort(cohort))
+    federation.upload(hub, cohort)
+    request = hub.open_please()
+    attempt("open", lambda: site.on_open_please(request))
+    federation.open(hub)
+    assert matches(federation, hub.finish())
+
+
+class CrashedError(Exception):
+    """The process died after its write was durable and before anything left."""
+
+
+@pytest.mark.parametrize("crash", ["accepted", "first upload", "second upload", "opened"])
+def test_a_crash_right_after_each_write_loses_no_more_than_the_round(crash: str) -> None:
+    federation = FOUR()
+    disk = federation.disks[1]
+    writes = iter(["accepted", "first upload", "second upload", "opened"])
+
+    def dying(state: RunState) -> None:
+        disk(state)
+        if next(writes, "") == crash:
+            raise CrashedError
+
+    federation.sites[1]._persist = dying
+    contexts: set[bytes] = set()
+
+    def ask(call: Callable[[Site], Any]) -> Any:
+        """What hospital 1 answers; after a crash the hub asks the restarted one again. None: refused."""
+        try:
+            return call(federation.sites[1])
+        except CrashedError:
+            federation.restart(1)
+            return ask(call)
+        except RefusedError:
+            return None
+
+    hub = federation.round(1, start_at=(2, 3, 4))
+    ask(lambda site: site.on_round_start(hub.start))
+    federation.ready(hub, (2, 3, 4))
+    ready = ask(lambda site: site.ready(*federation.vectors(1), MODEL))
+    assert (ready is None) == (crash == "accepted")
+    if ready is not None:
+        hub.on_ready(1, ready)
+    for _ in range(2):
+        cohort = hub.cohort()
+        header = ask(lambda site: site.on_cohort(cohort)) if 1 in cohort.ids else None  # noqa: B023
+        if header is not None:
+            contexts.add(header.ctx)
+            federation.send_payload(hub, 1, header)
+        federation.upload(hub, cohort, (2, 3, 4))
+    if hub.missing_uploads():
+        # Only the bytes of the first upload were kept, so the restarted hospital drops out of the round.
+        assert crash == "first upload"
+        federation.upload(hub, hub.cohort(without=(1,)))
+    request = hub.open_please()
+    opened = ask(lambda site: site.on_open_please(request))
+    assert (opened is None) == (crash in ("accepted", "first upload"))
+    for i in hub.accumulator.ids:
+        hub.on_open(i, opened if i == 1 else federation.sites[i].on_open_please(request))
+    assert matches(federation, hub.finish())
+    assert hub.finish().cohort == ((1, 2, 3, 4) if opened else (2, 3, 4))
+    for ctx in contexts - {request.ctx}:
+        assert ask(lambda site, ctx=ctx: site.on_open_please(OpenPlease(ctx))) is None or opened is None  # type: ignore[misc]
+    assert matches(federation, federation.whole_round(2), 2)
+
+
+# End -------------------------------------------------------------------------------------------------
+
+
+def test_the_last_round_closes_the_run() -> None:
+    federation = memory(4, rounds_max=2)()
+    federation.whole_round(1)
+    assert not federation.sites[1].closed
+    federation.whole_round(2)
+    assert all(site.closed for site in federation.sites.values())
+
+
+def test_a_closed_run_holds_no_secret() -> None:
+    for when in range(3):
+        federation = FOUR()
+        hub = federation.round(1)
+        federation.ready(hub)
+        cohort = hub.cohort()
+        site, disk = federation.sites[1], federation.disks[1]
+        if when:
+            site.on_cohort(cohort)
+        state = disk.state
+        secrets = [key for _, key in state.keys] + ([state.s, state.payload] if when else [])
+        assert len(secrets) >= 3
+        disk.fail = 1 if when == 2 else 0
+        if when == 2:
+            with pytest.raises(OSError, match="disk full"):
+                site.close()
+            assert site.closed
+        site.close()
+        assert not any(secret in disk.versions[-1] for secret in secrets)
+        assert disk.state.round == 1
+        for machine in (site, federation.restart(1)):
+            assert machine.closed
+            assert machine._seed == b""
+            assert machine._vectors is None
+            calls: list[Callable[[], object]] = [
+                machine.announce,
+                machine.payload,
+                machine.end_setup,
+                lambda m=machine: m.on_directory(federation.hub.directory()),  # type: ignore[misc]
+                lambda m=machine: m.on_pair_seeds(()),  # type: ignore[misc]
+                lambda m=machine: m.on_confirms(()),  # type: ignore[misc]
+                lambda m=machine: m.on_round_start(hub.start),  # type: ignore[misc]
+                lambda m=machine: m.ready(*federation.vectors(1), MODEL),  # type: ignore[misc]
+                lambda m=machine: m.on_cohort(cohort),  # type: ignore[misc]
+                lambda m=machine: m.on_open_please(OpenPlease(hub.accumulator.ctx)),  # type: ignore[misc]
+                lambda m=machine: m.on_result(Result(bytes(32), bytes(32), bytes(32))),  # type: ignore[misc]
+            ]
+            for call in calls:
+                with pytest.raises(RefusedError):
+                    call()
+
+
+def test_an_expired_run_is_closed() -> None:
+    federation = FOUR()
+    site = federation.sites[1]
+    assert not site.expire("2030-12-31T23:59Z")
+    assert site.expire("2031-01-01T00:00Z")
+    assert federation.disks[1].state.closed
+    assert not federation.restart(2, now="2030-12-31T23:59Z").closed
+    assert federation.restart(2, now="2040-01-01T00:00Z").closed
+    assert federation.restart(2, now=NOW).closed
+    for wrong in ("", "2030-12-31", "tomorrow", "2030-12-31T23:59"):
+        with pytest.raises(RefusedError, match="YYYY"):
+            federation.sites[3].expire(wrong)
+
+
+def test_a_rolled_back_run_file_is_closed() -> None:
+    federation = FOUR()
+    federation.whole_round(1)
+    federation.whole_round(2)
+    versions = list(federation.disks[1].versions)
+    rounds = [RunState.from_bytes(version).round for version in versions]
+    assert rounds == [0] * 4 + [1] * 3 + [2] * 3
+    for version, number in enumerate(rounds):
+        federation.disks[1].versions[:] = versions
+        site = federation.restart(1, version, charged_round=2)
+        assert site.closed == (number < 2)
+        # Closed for good: the next start finds it closed as well.
+        if site.closed:
+            assert federation.restart(1, charged_round=0).closed
+
+
+def test_a_state_of_another_run_or_hospital_is_refused() -> None:
+    federation = FOUR()
+    state = federation.disks[1].state
+    with pytest.raises(RefusedError, match="another run"):
+        federation.new_site(2, state)
+    with pytest.raises(RefusedError, match="another run"):
+        federation.new_site(1, dataclasses.replace(state, man=bytes(32)))
+
+
+def test_results_are_checked() -> None:
+    federation = FOUR()
+    hub, _ = uploaded(federation)
+    result = Result(hub.accumulator.ctx, bytes(32), bytes(32))
+    refuses(federation, 1, lambda: federation.sites[1].on_result(hub_signed(result, federation)), "than the one opened")
+    federation.open(hub)
+    good = hub.result(MODEL)
+    federation.sites[1].on_result(good)
+    refuses(federation, 1, lambda: federation.sites[1].on_result(dataclasses.replace(good, sig=bytes(64))), "not signed")
+    other = hub_signed(dataclasses.replace(good, ctx=bytes(32)), federation)
+    refuses(federation, 1, lambda: federation.sites[1].on_result(other), "than the one opened")
+
+
+def test_nothing_secret_is_printed_or_pickled() -> None:
+    federation = FOUR()
+    uploaded(federation)
+    site = federation.sites[1]
+    assert repr(site) == "Site(RunState(me=1, round=1, attempt=1, closed=False))"
+    for copying in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError):
+            copying(site)
+
+
+def test_a_signature_that_fails_leaves_no_ready_behind() -> None:
+    federation = FOUR()
+    federation.round(1)
+    site = federation.sites[1]
+    right = site._sign
+    site._sign = lambda data: bytes(64)
+    refuses(federation, 1, lambda: site.ready(*federation.vectors(1), MODEL), "not signed")
+    assert site._vectors is None
+    site._sign = right
+    site.ready(*federation.vectors(1), MODEL)
+
+
+def test_broken_randomness_stops_the_round() -> None:
+    federation = FOUR()
+    federation.round(1)
+    site = federation.sites[1]
+    site._entropy = lambda size: bytes(size)
+    with pytest.raises(VerificationError, match="randomness"):
+        site.ready(*federation.vectors(1), MODEL)
+
+
+def test_a_damaged_vector_is_noticed_before_masking() -> None:
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    held = federation.sites[1]._vectors
+    assert held is not None
+    held[0][0] ^= 1
+    cohort = hub.cohort()
+    refuses(federation, 1, lambda: federation.sites[1].on_cohort(cohort), "another vector")
