@@ -14,7 +14,10 @@ from typing import Any, Final
 import click
 
 GROUPS: Final[dict[str, tuple[str, str]]] = {
-    "site": ("client.cli:app", "Hospital IT: join a federation, approve studies, run the agent, see the budget."),
+    "site": (
+        "client.cli:app",
+        "Hospital IT: join a federation, approve studies, run the agent, see the budget.",
+    ),
     "hub": ("server.cli:hub", "Coordinator: make a hub, admit hospitals, run the server."),
     "study": ("server.cli:study", "Coordinator: submit, list, watch, abort and export studies."),
     "demo": ("server.demo:app", "Anyone: a whole federation on this machine, with real processes."),

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from common import flower, link_pb2, link_pb2_grpc
 from common.errors import RefusedError, UnreachableError, VerificationError
@@ -61,7 +62,9 @@ class _Incoming:
 
     def add(self, chunk: link_pb2.Chunk) -> bool:
         """Take the next chunk; true when the attachment is whole."""
-        if chunk.index != len(self.chunks) or not 0 < len(chunk.data) <= min(self.left, flower.CHUNK_SIZE_BYTES):
+        if chunk.index != len(self.chunks) or not 0 < len(chunk.data) <= min(
+            self.left, flower.CHUNK_SIZE_BYTES
+        ):
             raise VerificationError("link.chunk", "a chunk of the state is out of order or too long")
         if hashlib.sha256(chunk.data).digest() != chunk.digest:
             raise VerificationError("link.chunk-digest", "a chunk of the state does not match its digest")
@@ -197,7 +200,9 @@ class Agent:
             which = frame.WhichOneof("frame")
             if not greeted:
                 if which != "greeting" or frame.greeting.protocol_version != PROTOCOL_VERSION:
-                    raise VerificationError("link.protocol-version", "the hub speaks another protocol version")
+                    raise VerificationError(
+                        "link.protocol-version", "the hub speaks another protocol version"
+                    )
                 greeted = True
                 log.info("attached to the hub at %s", self._address)
                 continue

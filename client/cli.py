@@ -21,7 +21,9 @@ from client.studies import StudyFolder
 from common.console import JsonFlag, Outcome, command, log_to_stderr
 from common.errors import UsageError
 
-app = typer.Typer(help="Join a federation, approve studies, run the agent, see the budget.", no_args_is_help=True)
+app = typer.Typer(
+    help="Join a federation, approve studies, run the agent, see the budget.", no_args_is_help=True
+)
 
 SiteFolder = Annotated[Path, typer.Option("--home", help="The site's folder.", file_okay=False)]
 
@@ -76,7 +78,9 @@ def approve(
         who = by or os.environ.get("USER", "")
         if not who:
             raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")
-        if not yes and (as_json or not typer.confirm(f"{found.text()}\n\n{'Deny' if deny else 'Approve'} it?")):
+        if not yes and (
+            as_json or not typer.confirm(f"{found.text()}\n\n{'Deny' if deny else 'Approve'} it?")
+        ):
             raise UsageError("site.not-confirmed", "nothing was decided", remedy="Answer yes, or give --yes.")
         decision = "denied" if deny else "approved"
         guard.decide(found.manifest, found.roster, decision, f"{who}: {reason or decision}")
@@ -101,7 +105,10 @@ def _listing(site: SiteHome, guard: Guard) -> Outcome:
 def run(
     home: SiteFolder,
     once: Annotated[
-        bool, typer.Option("--once", help="End when the studies that ran here have ended; 4 if the budget stopped one.")
+        bool,
+        typer.Option(
+            "--once", help="End when the studies that ran here have ended; 4 if the budget stopped one."
+        ),
     ] = False,
     as_json: JsonFlag = False,
 ) -> Outcome:
@@ -142,7 +149,12 @@ def _run_agent(site: SiteHome, once: bool) -> Outcome:
     finally:
         flower_app.close(folder)
     if once and hospital.exhausted:
-        return Outcome("stopped: the privacy budget is exhausted", {"exhausted": True}, exit_code=4, code="budget.exhausted")
+        return Outcome(
+            "stopped: the privacy budget is exhausted",
+            {"exhausted": True},
+            exit_code=4,
+            code="budget.exhausted",
+        )
     return Outcome("agent ended", {"exhausted": hospital.exhausted})
 
 

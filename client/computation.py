@@ -75,7 +75,9 @@ class Computation:
         process = self._process
         frame = read_frame(process.stdout) if process is not None and process.stdout else None
         if process is None or frame is None:
-            raise FailureError("worker.start", "the worker process did not start", remedy="Check the installation.")
+            raise FailureError(
+                "worker.start", "the worker process did not start", remedy="Check the installation."
+            )
         log.info("worker %d started, network: %s", process.pid, frame[0].get("network"))
 
     def _ask(self, header: dict[str, Any], blob: bytes) -> bytes:

@@ -32,7 +32,9 @@ def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
     head = stream.read(header_size)
     blob = stream.read(blob_size)
     if len(head) != header_size or len(blob) != blob_size:
-        raise FailureError("worker.frame", "the other end of the worker's pipe ended in the middle of a frame")
+        raise FailureError(
+            "worker.frame", "the other end of the worker's pipe ended in the middle of a frame"
+        )
     header = parse_canonical_json(head, "a worker's header")
     if not isinstance(header, dict):
         raise FailureError("worker.frame", "a worker's header must be an object")

@@ -18,7 +18,7 @@ from common.admissible import Admitted, check
 from common.encoding import derive
 from common.errors import BudgetExhaustedError, RefusedError, VerificationError
 from common.identity import key_text, public_key
-from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, events
+from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, check_reason, events
 from common.ledger.store import Ledger
 from common.privacy.decimals import text_of
 from common.privacy.events import Event
@@ -110,14 +110,20 @@ class Guard:
                 "the study is signed by a coordinator that the policy does not name",
                 remedy=f"Add {manifest.coordinator!r} to rules.coordinators in policy.toml if you know it.",
             )
-        if isinstance(study.privacy, NoDifferentialPrivacy) and not rules.allow_studies_without_differential_privacy:
+        if (
+            isinstance(study.privacy, NoDifferentialPrivacy)
+            and not rules.allow_studies_without_differential_privacy
+        ):
             raise RefusedError("policy.no-dp", "the policy forbids studies without differential privacy")
         if study.aggregation.minimum_hospitals < rules.minimum_hospitals:
             raise RefusedError(
-                "policy.minimum-hospitals", f"the policy asks for at least {rules.minimum_hospitals} in a round"
+                "policy.minimum-hospitals",
+                f"the policy asks for at least {rules.minimum_hospitals} in a round",
             )
         if study.aggregation.deadline_s > 60 * rules.max_round_minutes:
-            raise RefusedError("policy.round-time", f"a round may take {rules.max_round_minutes} minutes here")
+            raise RefusedError(
+                "policy.round-time", f"a round may take {rules.max_round_minutes} minutes here"
+            )
         self.source(manifest)
         return admitted
 
@@ -142,6 +148,7 @@ class Guard:
 
     def decide(self, manifest: Manifest, roster: Roster, decision: str, reason: str) -> None:
         """Write a person's decision into the ledger; approving pins the members' fingerprints."""
+        check_reason(reason)
         if decision == "approved":
             self._pins.accept(self.unpinned(manifest, roster))
         self._ledger.append(
@@ -159,7 +166,9 @@ class Guard:
         """The event that a round of the study charges. Its id is random, or none is ever charged twice."""
         return admitted.event(self.register_id, round_number, 1, os.urandom(16).hex())
 
-    def check_budget(self, manifest: Manifest, admitted: Admitted, round_number: int, rounds: int = 1) -> None:
+    def check_budget(
+        self, manifest: Manifest, admitted: Admitted, round_number: int, rounds: int = 1
+    ) -> None:
         """Refuse what the register cannot pay, before anything changes.
 
         Raises: BudgetExhaustedError saying how many such rounds are left.
@@ -201,7 +210,7 @@ class Guard:
                 state="released",
                 attempt=attempt,
                 ctx=ctx.hex(),
-                reason="completed",
+                reason="upload_started",
             )
         )
 
@@ -256,7 +265,9 @@ class Guard:
         return [Event.from_fields(fields) for fields in events(entries, self.register_id)]
 
     def _opened(self, entries: Sequence[Entry]) -> Opened | None:
-        found = [entry for entry in entries if isinstance(entry, Opened) and entry.register_id == self.register_id]
+        found = [
+            entry for entry in entries if isinstance(entry, Opened) and entry.register_id == self.register_id
+        ]
         return found[0] if found else None
 
     def _open_register(self, register: Register) -> None:

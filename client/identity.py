@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from client.settings import Policy, SiteSettings, load, new_files
 from client.state import SiteHome, write_durable
 from common import identity
-from common.certificates import new_tls_key_and_csr
+from common.certificates import new_tls_key_and_csr, private_key_fingerprint
 from common.enrolment import Admission, AdmissionRequest
-from common.errors import RefusedError
+from common.errors import RefusedError, VerificationError
 from common.ledger.store import Ledger
 
 SPLIT_SECRET_BYTES = 32
@@ -76,7 +76,22 @@ class SiteIdentity:
                 f"{home.admission} is missing: this site is not admitted yet",
                 remedy="Send request.json to the coordinator and put the admission that comes back in its place.",
             ) from error
-        admission.check_answers(AdmissionRequest.from_bytes(home.request.read_bytes()))
+        request = AdmissionRequest.from_bytes(home.request.read_bytes())
+        admission.check_answers(request)
+        tls_key_pem = identity.read_secret(home.tls_key)
+        protocol_key = identity.load_signing_key(home.protocol_key)
+        ledger_key = identity.load_signing_key(home.ledger_key)
+        own = (
+            identity.public_key(protocol_key),
+            identity.public_key(ledger_key),
+            private_key_fingerprint(tls_key_pem),
+        )
+        if own != (request.protocol_key, request.ledger_key, request.tls_fingerprint):
+            raise VerificationError(
+                "site.foreign-keys",
+                f"the private keys in {home.tls_key.parent} are not those of {home.request.name}",
+                remedy="Restore the whole folder, or make a new site and have it admitted.",
+            )
         return cls(
             id=admission.id,
             name=admission.name,
@@ -84,9 +99,9 @@ class SiteIdentity:
             hub_key=admission.hub_key,
             certificate_pem=admission.certificate_pem,
             authority_pem=admission.ca_pem,
-            tls_key_pem=identity.read_secret(home.tls_key),
-            protocol_key=identity.load_signing_key(home.protocol_key),
-            ledger_key=identity.load_signing_key(home.ledger_key),
+            tls_key_pem=tls_key_pem,
+            protocol_key=protocol_key,
+            ledger_key=ledger_key,
             split_secret=identity.read_secret(home.split_secret),
         )
 

@@ -90,7 +90,9 @@ class Participation:
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
 
-    def answer(self, message_type: str, body: bytes, attachment: Sequence[bytes]) -> tuple[bytes, tuple[bytes, ...]]:
+    def answer(
+        self, message_type: str, body: bytes, attachment: Sequence[bytes]
+    ) -> tuple[bytes, tuple[bytes, ...]]:
         """The reply to one request, and the payload's chunks for an upload.
 
         Guarantee: every_cause_is_unavailable - whatever goes wrong here, the reply is the same bytes.
@@ -149,7 +151,9 @@ class Participation:
         signed, signed_roster = read_study_document(request.document)
         manifest = signed.verify()
         if manifest.digest != request.man:
-            raise VerificationError("participation.digest", "the offered study has another digest than was named")
+            raise VerificationError(
+                "participation.digest", "the offered study has another digest than was named"
+            )
         roster = self._guard.check_offer(manifest, signed_roster)
         if self._studies.add(request.man, request.document):
             log.info("study %s %r received; read it and decide with 'wardround site approve'",
@@ -176,7 +180,9 @@ class Participation:
         charged_round = self._guard.last_charged_round(man)
         if stored is None:
             if charged_round:
-                raise RefusedError("participation.lost", "this run's state is gone; it was charged and stays closed")
+                raise RefusedError(
+                    "participation.lost", "this run's state is gone; it was charged and stays closed"
+                )
             site = Site(params, **arguments)  # type: ignore[arg-type]
         else:
             site = Site.restore(
@@ -207,7 +213,9 @@ class Participation:
         signed, signed_roster = read_study_document(self._studies.load(man))
         manifest = signed.verify()
         if manifest.digest != man:
-            raise VerificationError("participation.changed", "the stored study has changed since it was approved")
+            raise VerificationError(
+                "participation.changed", "the stored study has changed since it was approved"
+            )
         roster = self._guard.check_offer(manifest, signed_roster)
         self._guard.check_pins(manifest, roster)
         return manifest, roster
@@ -224,7 +232,9 @@ class Participation:
         state = load_state(state_file, admitted.layout, manifest.study.aggregation.state_norm_bound)
         digest = model_digest(state, admitted.layout)
         if digest != start.model_digest:
-            raise VerificationError("participation.model", "the state has another digest than the round names")
+            raise VerificationError(
+                "participation.model", "the state has another digest than the round names"
+            )
         if start.deadline <= began:
             raise RefusedError("participation.deadline", "the round's deadline has passed")
         self._guard.check_budget(manifest, admitted, start.round)

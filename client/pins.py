@@ -27,7 +27,9 @@ class Pins:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise VerificationError("pins.file", f"{self._home.pins} is damaged", remedy="Restore it.") from error
+            raise VerificationError(
+                "pins.file", f"{self._home.pins} is damaged", remedy="Restore it."
+            ) from error
         if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
             raise VerificationError("pins.file", f"{self._home.pins} is damaged", remedy="Restore it.")
         return value

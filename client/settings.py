@@ -116,12 +116,16 @@ def load(path: Path, model: type[Model]) -> Model:
             "settings.missing", f"{path} is missing", remedy="Run 'wardround site init' in a new folder."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError("settings.toml", f"{path} is not valid TOML: {error}", remedy="Correct that line.") from error
+        raise UsageError(
+            "settings.toml", f"{path} is not valid TOML: {error}", remedy="Correct that line."
+        ) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UsageError(
-            "settings.field", f"{path}: {field}: {first['msg']}", remedy="Correct that field; unknown keys are errors."
+            "settings.field",
+            f"{path}: {field}: {first['msg']}",
+            remedy="Correct that field; unknown keys are errors.",
         ) from error
 
 

@@ -92,7 +92,9 @@ class Worker:
         state = load_state(state_bytes, admitted.layout, study.aggregation.state_norm_bound)
         gate = admitted.gate(os.urandom)
         table = self._table
-        delta = train_local(state, table.x, table.y, table.patient_index, study, gate, lambda _done, _steps: None)
+        delta = train_local(
+            state, table.x, table.y, table.patient_index, study, gate, lambda _done, _steps: None
+        )
         release = gate.finish(delta, admitted.quantiser(os.urandom))
         return release.q.astype("<i8").tobytes()
 
@@ -115,7 +117,9 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         except Exception as error:
             # Only types and places: the text of an exception may quote a row.
             places = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-            write_frame(replies, {"status": "failed", "code": f"worker.{type(error).__name__}", "at": places[-3:]})
+            write_frame(
+                replies, {"status": "failed", "code": f"worker.{type(error).__name__}", "at": places[-3:]}
+            )
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:

@@ -276,6 +276,17 @@ def key_fingerprint(public: ec.EllipticCurvePublicKey) -> str:
     return hashlib.sha256(encoded).hexdigest()
 
 
+def private_key_fingerprint(key_pem: bytes) -> str:
+    """key_fingerprint of a private key in PEM. Raises VerificationError when it is no P-256 key."""
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise VerificationError("certificates.key", "the private TLS key cannot be read") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise VerificationError("certificates.key", "the private TLS key is not an EC P-256 key")
+    return key_fingerprint(_p256(key.public_key(), "private TLS key"))
+
+
 def check_issued(certificate_pem: bytes, authority_pem: bytes) -> None:
     """Check that the authority's key signed the certificate. Raises VerificationError."""
     certificate = read_certificate(certificate_pem, "certificate")

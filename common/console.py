@@ -36,7 +36,9 @@ class Outcome:
 
 def envelope(status: str, code: str, data: Mapping[str, Any], hint: str) -> str:
     """The one-line JSON envelope of every command."""
-    return json.dumps({"schema": SCHEMA, "status": status, "code": code, "data": data, "hint": hint}, sort_keys=True)
+    return json.dumps(
+        {"schema": SCHEMA, "status": status, "code": code, "data": data, "hint": hint}, sort_keys=True
+    )
 
 
 def command(function: Callable[P, Outcome | None]) -> Callable[P, None]:

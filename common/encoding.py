@@ -91,7 +91,9 @@ def canonical_json(value: Any) -> bytes:
     try:
         return rfc8785.dumps(value)
     except rfc8785.CanonicalizationError as error:
-        raise VerificationError("encoding.not-canonical", f"the value has no RFC 8785 form: {error}") from error
+        raise VerificationError(
+            "encoding.not-canonical", f"the value has no RFC 8785 form: {error}"
+        ) from error
 
 
 def parse_canonical_json(data: bytes, what: str) -> Any:

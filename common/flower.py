@@ -13,12 +13,12 @@ from typing import Any
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict  # noqa: E402
-from flwr.app.metadata import Metadata  # noqa: E402
-from flwr.supercore.run import Run  # noqa: E402
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.metadata import Metadata
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
 
-from common.errors import VerificationError  # noqa: E402
+from common.errors import VerificationError
 
 TOUCH_POINTS = (
     "flwr.supercore.task_identity.TaskIdentity",
@@ -84,7 +84,13 @@ def chunks(data: bytes) -> tuple[bytes, ...]:
 
 
 def instruction(
-    node_id: int, message_type: str, body: bytes, *, group: str = "", attachment: Sequence[bytes] = (), ttl_s: float
+    node_id: int,
+    message_type: str,
+    body: bytes,
+    *,
+    group: str = "",
+    attachment: Sequence[bytes] = (),
+    ttl_s: float,
 ) -> Message:
     """A message from the hub to one site. ``ttl_s`` in seconds, > 0."""
     return Message(content(body, attachment), node_id, message_type, ttl=ttl_s, group_id=group)
@@ -133,7 +139,11 @@ def _field(message: Message, name: str) -> Any:
     if not message.has_content() or list(message.content.keys()) != [RECORD]:
         raise VerificationError("flower.content", "a wardround message holds exactly one record, 'wardround'")
     record = message.content[RECORD]
-    if not isinstance(record, ConfigRecord) or not set(record) <= {"body", "attachment"} or "body" not in record:
+    if (
+        not isinstance(record, ConfigRecord)
+        or not set(record) <= {"body", "attachment"}
+        or "body" not in record
+    ):
         raise VerificationError("flower.content", "a wardround record holds 'body' and at most 'attachment'")
     return record.get(name)
 

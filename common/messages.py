@@ -137,5 +137,7 @@ def _decode_records(
     allowed = 0 if record_type is None else MAX_RECORDS if many else 1
     required = 1 if record_type is not None and not many else 0
     if not required <= len(parts) <= allowed:
-        raise VerificationError("messages.count", f"the {what} holds {len(parts)} records, which is not allowed")
+        raise VerificationError(
+            "messages.count", f"the {what} holds {len(parts)} records, which is not allowed"
+        )
     return tuple(records.decode(record_type, part) for part in parts) if record_type else ()

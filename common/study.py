@@ -274,15 +274,16 @@ class Study(BaseModel):
 
 
 def _stated(aggregation: dict[str, Any], n: int, training: object) -> dict[str, Any]:
-    t, rho, _ = defaults(n)
+    t, rho, m = defaults(n)
     stated = {"colluders": t, "rollbacks": rho} | aggregation
     counts = (stated["colluders"], stated["rollbacks"])
-    if all(type(count) is int and count >= 0 for count in counts):
-        stated.setdefault("minimum_hospitals", minimum_hospitals_bound(n, *counts))
+    # A count of another type is refused under its own name, so that m may be anything then.
+    usable = all(type(count) is int and count >= 0 for count in counts)
+    stated.setdefault("minimum_hospitals", minimum_hospitals_bound(n, *counts) if usable else m)
     rounds = training.get("rounds") if isinstance(training, dict) else None
-    if type(rounds) is int:
-        # A lost round is computed again under a new number; a few may be lost before the study must end.
-        stated.setdefault("rounds_max", min(MAX_ROUNDS, rounds + max(SPARE_ROUNDS, rounds // 10)))
+    # A lost round is computed again under a new number; a few may be lost before the study must end.
+    known = rounds if type(rounds) is int and rounds > 0 else 1
+    stated.setdefault("rounds_max", min(MAX_ROUNDS, known + max(SPARE_ROUNDS, known // 10)))
     return stated
 
 
@@ -424,7 +425,9 @@ def _refuse(root: str, error: ValidationError) -> NoReturn:
     if first["type"] == "rule":
         parts.append(str(first["ctx"]["field"]))
     path = ".".join(parts) or root
-    rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    rule = first["msg"].removeprefix("Value error, ").removesuffix(" after validation")
+    for wording in ("Input should", "Value should", "String should", "Tuple should"):
+        rule = rule.replace(wording, "must")
     raise UsageError(
         f"{root}.{path}",
         f"{path}: {rule[:1].lower()}{rule[1:]}",

@@ -18,7 +18,6 @@ from rich.table import Table
 from common import link_pb2
 from common.console import JsonFlag, Outcome, command, log_to_stderr
 from common.errors import UsageError
-from common.identity import fingerprint
 from server.home import CoordinatorHome, HubHome
 
 hub = typer.Typer(help="Make a hub, admit hospitals, run the server.", no_args_is_help=True)
@@ -72,16 +71,25 @@ def admit(
     try:
         data = request.read_bytes()
     except OSError as error:
-        raise UsageError("hub.request", f"{request} cannot be read", remedy="Give the hospital's request.json.") from error
+        raise UsageError(
+            "hub.request", f"{request} cannot be read", remedy="Give the hospital's request.json."
+        ) from error
     admission = admit_site(HubHome(home), data, now=datetime.now(UTC))
     out.write_bytes(admission.to_bytes())
     member = admission.member()
-    prints = {"protocol": fingerprint(member.protocol_key), "ledger": fingerprint(member.ledger_key)}
     text = (
         f"{admission.name} admitted as site {admission.id}; send {out} back to the hospital\n"
-        f"  protocol key  {prints['protocol']}\n  ledger key    {prints['ledger']}"
+        f"  fingerprint  {member.fingerprint}   (the hospital reads it out; compare before sending)"
     )
-    return Outcome(text, {"id": admission.id, "name": admission.name, "fingerprints": prints, "admission": str(out)})
+    return Outcome(
+        text,
+        {
+            "id": admission.id,
+            "name": admission.name,
+            "fingerprint": member.fingerprint,
+            "admission": str(out),
+        },
+    )
 
 
 @hub.command()
@@ -104,7 +112,9 @@ def run(home: HubFolder, as_json: JsonFlag = False) -> Outcome | None:
 def submit(
     manifest: Annotated[Path, typer.Argument(help="The study's TOML file.", dir_okay=False)],
     as_: CoordinatorFolder,
-    token: Annotated[str, typer.Option(help="32 hex digits; the same token and file give the same study.")] = "",
+    token: Annotated[
+        str, typer.Option(help="32 hex digits; the same token and file give the same study.")
+    ] = "",
     as_json: JsonFlag = False,
 ) -> Outcome:
     """Check, sign and submit a study."""
@@ -113,7 +123,9 @@ def submit(
     with _desk(as_) as desk:
         signed = prepare(CoordinatorHome(as_), manifest, desk, token)
         info = desk.submit(signed.manifest_bytes, signed.signature)
-    return Outcome(f"study {info.name!r} submitted\n  digest  {info.digest}\n  status  {info.status}", _info(info))
+    return Outcome(
+        f"study {info.name!r} submitted\n  digest  {info.digest}\n  status  {info.status}", _info(info)
+    )
 
 
 @study.command(name="list")

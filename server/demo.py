@@ -35,7 +35,16 @@ from server.processes import Processes, free_port
 
 app = typer.Typer(help="A whole federation on this machine.", invoke_without_command=True)
 
-NAMES: Final = ("St. Mary", "Northgate", "Riverside", "Holy Cross", "Eastfield", "Lakeside", "Old Mill", "Parkway")
+NAMES: Final = (
+    "St. Mary",
+    "Northgate",
+    "Riverside",
+    "Holy Cross",
+    "Eastfield",
+    "Lakeside",
+    "Old Mill",
+    "Parkway",
+)
 DELTA: Final = 1e-6
 STEP_TIMEOUT_S: Final = 60.0
 STUDY_TIMEOUT_S: Final = 300.0
@@ -53,7 +62,9 @@ class Site:
 @app.callback(invoke_without_command=True)
 @command
 def demo(
-    out: Annotated[Path | None, typer.Option(help="A new folder; default: a temporary one that is named.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder; default: a temporary one that is named.")
+    ] = None,
     hospitals: Annotated[int, typer.Option(min=3, max=8, help="How many hospitals.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, max=200, help="Rounds of training.")] = 10,
     epsilon: Annotated[float, typer.Option(min=0.1, max=20.0, help="Each hospital's cap for epsilon.")] = 3.0,
@@ -88,7 +99,9 @@ def _run(
     seed: int,
     started: float,
 ) -> Outcome:
-    template = tomllib.loads(files("server").joinpath("templates/breast_cancer.toml").read_text(encoding="utf-8"))
+    template = tomllib.loads(
+        files("server").joinpath("templates/breast_cancer.toml").read_text(encoding="utf-8")
+    )
     test, parts = split_rows(hospitals, seed)
     sites = [Site(NAMES[i], folder / "sites" / f"{i + 1}", rows) for i, rows in enumerate(parts)]
     with console.status("making keys, admitting hospitals"):
@@ -258,7 +271,8 @@ def _result(
         "local_accuracy": dict(zip((s.name for s in sites), local, strict=True)),
         "pooled_accuracy": accuracy(*pooled, x_test, y_test),
         "sites": [
-            {"name": s.name, "epsilon": b["epsilon_t"], "cap": b["cap_t"]} for s, b in zip(sites, budgets, strict=True)
+            {"name": s.name, "epsilon": b["epsilon_t"], "cap": b["cap_t"]}
+            for s, b in zip(sites, budgets, strict=True)
         ],
         "rounds": len(history),
     }

@@ -8,7 +8,7 @@ split and nothing else.
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ def split_rows(hospitals: int, seed: int) -> tuple[Rows, list[HospitalRows]]:
         raise FailureError(
             "demo.scikit-learn", "the demo needs scikit-learn", remedy="pip install 'wardround[demo]'"
         ) from error
-    data = load_breast_cancer()
+    data: Any = load_breast_cancer()
     generator = np.random.default_rng(seed)
     test: list[int] = []
     parts: list[list[int]] = [[] for _ in range(hospitals)]
@@ -82,7 +82,9 @@ def split_rows(hospitals: int, seed: int) -> tuple[Rows, list[HospitalRows]]:
     ]
 
 
-def fit_logistic(x: NDArray[np.float64], y: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def fit_logistic(
+    x: NDArray[np.float64], y: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A plain logistic regression without privacy: weights [2, width] and bias [2]."""
     from sklearn.linear_model import LogisticRegression
 

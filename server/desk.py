@@ -12,7 +12,14 @@ from typing import Any, Final, Self
 import grpc
 
 from common import link_pb2, link_pb2_grpc
-from common.errors import FailureError, RefusedError, UnreachableError, UsageError, VerificationError, WardroundError
+from common.errors import (
+    FailureError,
+    RefusedError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+    WardroundError,
+)
 from common.identity import key_bytes, read_secret
 from common.roster import Roster, SignedRoster
 from server.home import CoordinatorHome
@@ -92,7 +99,9 @@ class CoordinatorDesk:
 
     def resolve(self, prefix: str) -> str:
         """The full digest that starts with ``prefix`` (at least 6 hex digits). Raises UsageError."""
-        found = [info.digest for info in self.studies() if len(prefix) >= 6 and info.digest.startswith(prefix)]
+        found = [
+            info.digest for info in self.studies() if len(prefix) >= 6 and info.digest.startswith(prefix)
+        ]
         if len(found) != 1:
             raise UsageError(
                 "study.digest", f"{prefix!r} names {len(found)} studies", remedy="See 'wardround study list'."

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-
 from common import identity
 from common.certificates import Authority, Peer, new_tls_key_and_csr
 from common.enrolment import Admission, AdmissionRequest
@@ -55,7 +54,9 @@ def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> Ne
     return NewHub(identity.key_text(hub_public), identity.fingerprint(hub_public), coordinator_key)
 
 
-def _create_coordinator(home: HubHome, authority: Authority, address: str, hub_public: bytes, now: datetime) -> str:
+def _create_coordinator(
+    home: HubHome, authority: Authority, address: str, hub_public: bytes, now: datetime
+) -> str:
     coordinator = CoordinatorHome(home.coordinator)
     key_pem, csr_pem = new_tls_key_and_csr("coordinator")
     identity.write_secret(coordinator.tls_key, key_pem)
@@ -127,4 +128,6 @@ def admitted(store: Store, peer: Peer) -> None:
     if row.name != peer.name:
         raise RefusedError("link.name", f"the certificate of site {peer.number} carries another name")
     if row.tls_fingerprint != peer.tls_fingerprint:
-        raise RefusedError("link.wrong-key", f"the certificate of site {peer.number} holds another key than admitted")
+        raise RefusedError(
+            "link.wrong-key", f"the certificate of site {peer.number} holds another key than admitted"
+        )

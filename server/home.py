@@ -6,14 +6,11 @@ the folder; the coordinator's folder is made beside them to be handed over, and 
 
 import tomllib
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common import identity
-from common.certificates import Authority, new_tls_key_and_csr
 from common.errors import UsageError
 
 Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")]

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
+import grpc.aio
 from flwr.serverapp import Grid
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingImports] - no stubs
 
 from common import flower, link_pb2, link_pb2_grpc
 from common.certificates import Peer, peer_identity
@@ -171,7 +173,9 @@ class Link(link_pb2_grpc.LinkServicer):
 
     def _call(self, work: Callable[[], object]) -> None:
         if self._loop is None or self._loop.is_closed():
-            raise UnreachableError("link.stopped", "the hub's link is not running", remedy="Start it with 'hub run'.")
+            raise UnreachableError(
+                "link.stopped", "the hub's link is not running", remedy="Start it with 'hub run'."
+            )
         self._loop.call_soon_threadsafe(work)
 
     def _enqueue(self, pending: _Pending) -> None:
@@ -193,8 +197,8 @@ class Link(link_pb2_grpc.LinkServicer):
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         server = grpc.aio.server(options=OPTIONS)
-        link_pb2_grpc.add_LinkServicer_to_server(self, server)
-        health_servicer = health.aio.HealthServicer()
+        link_pb2_grpc.add_LinkServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+        health_servicer = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         for register in self._services:
             register(server)
@@ -215,7 +219,9 @@ class Link(link_pb2_grpc.LinkServicer):
         node_id = peer.number
         if node_id in self._connections:
             log.warning("refused: a second agent attached as site %d %r", node_id, peer.name)
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, "another agent is attached with this identity")
+            await context.abort(
+                grpc.StatusCode.ALREADY_EXISTS, "another agent is attached with this identity"
+            )
         connection = _Connection(peer, asyncio.Queue(), time.monotonic())
         self._connections[node_id] = connection
         reader = asyncio.create_task(self._read(connection, request_iterator))
@@ -297,7 +303,9 @@ class Link(link_pb2_grpc.LinkServicer):
             return
         if reply.attachment_bytes:
             if pending.sink is None:
-                raise VerificationError("link.attachment", "an attachment came with a reply that may have none")
+                raise VerificationError(
+                    "link.attachment", "an attachment came with a reply that may have none"
+                )
             await self._work(pending.sink.header, connection.peer.number, reply.body)
             connection.uploads[reply.message_id] = (pending, reply, reply.attachment_bytes)
         else:
@@ -355,7 +363,9 @@ class GrpcGrid(Grid):
 
     def create_message(self, *args: Any, **kwargs: Any) -> flower.Message:
         """Not offered: Flower deprecates it in favour of ``Message(...)``. Raises FailureError."""
-        raise FailureError("link.create-message", "Grid.create_message is deprecated; construct a Message instead")
+        raise FailureError(
+            "link.create-message", "Grid.create_message is deprecated; construct a Message instead"
+        )
 
     def get_node_ids(self) -> Iterable[int]:
         """Ids of the sites whose stream is open, ascending."""

@@ -56,7 +56,9 @@ class Running:
             try:
                 line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
             except queue.Empty:
-                raise FailureError("process.timeout", f"{self.name} gave no end in {timeout_s:.0f} s") from None
+                raise FailureError(
+                    "process.timeout", f"{self.name} gave no end in {timeout_s:.0f} s"
+                ) from None
             if line is None:
                 return
             yield line

@@ -113,8 +113,12 @@ class StudyRun:
             raise Ended("rounds.ended", f"the study is {status}")
 
     def _ask(
-        self, kind: Kind, requests: Sequence[tuple[int, Request]], timeout_s: float, state: Sequence[bytes] = ()
-    ) -> list[tuple[int, Reply, Sequence[bytes]]]:
+        self,
+        kind: Kind,
+        requests: Sequence[tuple[int, Request]],
+        timeout_s: float,
+        state: Sequence[bytes] = (),
+    ) -> list[tuple[int, Reply, list[bytes]]]:
         """Send one request to each id and return what verifies as a reply of that kind."""
         wanted = [
             flower.instruction(
@@ -169,7 +173,9 @@ class StudyRun:
         decisions: dict[int, str] = {}
         while len(decisions) < len(self._names) or set(decisions.values()) != {"approved"}:
             self._continue()
-            online = [i for i in self._grid.get_node_ids() if i in self._names and decisions.get(i) != "approved"]
+            online = [
+                i for i in self._grid.get_node_ids() if i in self._names and decisions.get(i) != "approved"
+            ]
             before = dict(decisions)
             for site, reply, _ in self._ask(messages.STUDY, [(i, request) for i in online], SETUP_TIMEOUT_S):
                 decisions[site] = reply.decision

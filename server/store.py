@@ -18,7 +18,16 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, defer, mapped_colum
 
 from common.errors import RefusedError
 
-STATUSES: Final = ("waiting for approval", "queued", "setting up", "running", "done", "failed", "aborted", "denied")
+STATUSES: Final = (
+    "waiting for approval",
+    "queued",
+    "setting up",
+    "running",
+    "done",
+    "failed",
+    "aborted",
+    "denied",
+)
 ENDED: Final = ("done", "failed", "aborted", "denied")
 
 
@@ -236,5 +245,7 @@ class Store:
         with self._session() as session:
             row = session.scalars(query).one_or_none()
         if row is None:
-            raise RefusedError("study.no-model", "the study has no such completed round", remedy="Watch the study.")
+            raise RefusedError(
+                "study.no-model", "the study has no such completed round", remedy="Watch the study."
+            )
         return row.state

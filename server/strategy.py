@@ -64,7 +64,7 @@ class _OneNode(Grid):
         raise FailureError("strategy.grid", "this Grid sends no messages")
 
 
-def _record(state: State) -> ArrayRecord:
+def _record(state: Mapping[str, NDArray[np.floating[Any]]]) -> ArrayRecord:
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in state.items()})
 
 
@@ -77,7 +77,9 @@ class ServerStep:
         self._grid = _OneNode()
         self.advances = 0
 
-    def advance(self, state: State, mean_update: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float32]]:
+    def advance(
+        self, state: State, mean_update: Mapping[str, NDArray[np.float64]]
+    ) -> dict[str, NDArray[np.float32]]:
         """The next model.
 
         ``state`` and ``mean_update`` hold the layout's tensors; the strategy is shown the model that the

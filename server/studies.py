@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, Final, Protocol
 
 import grpc
+import grpc.aio
 
 from common import link_pb2, link_pb2_grpc
 from common.admissible import check
@@ -38,18 +39,23 @@ class Desk(Protocol):
 
     def signed_roster(self) -> SignedRoster:
         """The current roster, signed by the hub."""
+        ...
 
     def online(self) -> dict[int, float]:
         """Attached sites and the seconds since each was heard of."""
+        ...
 
     def wake(self) -> None:
         """A study was submitted."""
+        ...
 
     def abort(self, digest: str, reason: str) -> None:
         """End a study."""
+        ...
 
     def now(self) -> datetime:
         """The hub's clock, UTC."""
+        ...
 
 
 def minute(now: datetime) -> str:
@@ -124,7 +130,9 @@ class Studies(link_pb2_grpc.StudiesServicer):
                 "study.roster", "the manifest names another roster than the hub's", remedy="Submit again."
             )
         if manifest.hub != key_text(self._desk.hub_public_key):
-            raise RefusedError("study.hub", "the manifest names another hub", remedy="Submit to the hub it names.")
+            raise RefusedError(
+                "study.hub", "the manifest names another hub", remedy="Submit to the hub it names."
+            )
         check(manifest, minute(self._desk.now()))
         known = {member.id: member.name for member in roster.verify(self._desk.hub_public_key).members}
         for party in manifest.members:

@@ -24,7 +24,9 @@ def prepare(home: CoordinatorHome, path: Path, desk: CoordinatorDesk, token: str
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("study.file", f"{path} cannot be read", remedy="Give the study's TOML file.") from error
+        raise UsageError(
+            "study.file", f"{path} cannot be read", remedy="Give the study's TOML file."
+        ) from error
     study = Study.from_toml(text)
     if token and not re.fullmatch(r"[0-9a-f]{32}", token):
         raise UsageError("study.token", "a token has 32 hex digits", remedy="Leave it out or make a new one.")
@@ -39,14 +41,18 @@ def prepare(home: CoordinatorHome, path: Path, desk: CoordinatorDesk, token: str
         )
     key = identity.load_signing_key(home.signing_key)
     run = digest("run", bytes.fromhex(token), text.encode())[:16] if token else os.urandom(16)
-    manifest = Manifest(
-        schema=1,
-        run=run.hex(),
-        roster=signed_roster.digest.hex(),
-        hub=identity.key_text(desk.hub_key),
-        coordinator=identity.key_text(identity.public_key(key)),
-        members=tuple(Party(id=i, name=name) for i, name in sorted((ids[n], n) for n in study.members)),
-        study=study,
+    manifest = Manifest.model_validate(
+        {
+            "schema": 1,
+            "run": run.hex(),
+            "roster": signed_roster.digest.hex(),
+            "hub": identity.key_text(desk.hub_key),
+            "coordinator": identity.key_text(identity.public_key(key)),
+            "members": tuple(
+                Party(id=i, name=name) for i, name in sorted((ids[n], n) for n in study.members)
+            ),
+            "study": study,
+        }
     )
     check(manifest, datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"))
     return SignedManifest.sign(manifest, key)

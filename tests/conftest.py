@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-from common.certificates import Authority, Role, new_tls_key_and_csr  # noqa: E402
+from common.certificates import Authority, Role, new_tls_key_and_csr
 
 
 @dataclass(frozen=True)

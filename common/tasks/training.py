@@ -107,7 +107,8 @@ class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         self._sum = piece if self._sum is None else self._sum + piece
         for parameter in self.params:
             parameter.grad = None  # the backward pass left the raw, unclipped sum here
-            parameter.grad_sample = None  # used once
+            # Opacus hangs it on the parameter; a row's gradient is used once.
+            parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]
 
     def add_noise(self) -> None:
         """Hand the batch's sum to the gate and make what it releases the gradient."""

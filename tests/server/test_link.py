@@ -61,7 +61,11 @@ class RunningAgent:
     """An agent in a thread, for as long as the block lasts."""
 
     def __init__(
-        self, link: Link, credentials: Credentials, site_id: int, answer: Callable[[flower.Message], flower.Message]
+        self,
+        link: Link,
+        credentials: Credentials,
+        site_id: int,
+        answer: Callable[[flower.Message], flower.Message],
     ) -> None:
         self.error: BaseException | None = None
         self._ready = threading.Event()
@@ -150,9 +154,7 @@ def test_several_sites_answer_side_by_side(pki: Pki) -> None:
 def test_a_request_to_an_absent_site_waits_for_it(pki: Pki) -> None:
     with running_link(pki) as link:
         grid = GrpcGrid(link)
-        message_ids = list(
-            grid.push_messages([flower.instruction(5, "query.keys", b"later", ttl_s=60)])
-        )
+        message_ids = list(grid.push_messages([flower.instruction(5, "query.keys", b"later", ttl_s=60)]))
         assert list(grid.pull_messages(message_ids)) == []
         with RunningAgent(link, pki.client(5), 5, echo):
             found: list[flower.Message] = []
@@ -221,7 +223,10 @@ def test_a_second_agent_with_one_identity_is_refused(pki: Pki, caplog: pytest.Lo
     with running_link(pki) as link, RunningAgent(link, pki.client(1), 1, echo):
         wait_until(lambda: 1 in link.online())
         with caplog.at_level(logging.WARNING):
-            assert _attach_once(link, pki.client(1), pki.server().authority_pem) == grpc.StatusCode.ALREADY_EXISTS
+            assert (
+                _attach_once(link, pki.client(1), pki.server().authority_pem)
+                == grpc.StatusCode.ALREADY_EXISTS
+            )
     assert any("second agent" in record.message for record in caplog.records)
 
 

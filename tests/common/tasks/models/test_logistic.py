@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,9 @@ from torch import nn
 
 from common.contract import Contract, Label, Number
 from common.study import Model
-from common.tasks.models import build
+from common.tasks.models import build, initial_state
 from common.tasks.models.layout import layout
+from common.tasks.state import check_state
 
 MODEL = Model(kind="logistic_regression")
 
@@ -48,3 +51,11 @@ def test_it_computes_one_logit_a_class():
         module.bias.copy_(torch.tensor([10.0, 20.0]))
     logits = module(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 2.0]], dtype=torch.float64))
     assert np.array_equal(logits.detach().numpy(), [[16.0, 20.0], [16.0, 22.0]])
+
+
+def test_the_initial_state_is_zeros_of_the_layout():
+    contract = make_contract(4, 3)
+    manifest = SimpleNamespace(study=SimpleNamespace(model=MODEL, contract=contract))
+    state = initial_state(manifest)
+    check_state(state, layout(MODEL, contract), 0.0)  # a norm of at most 0
+    assert list(state) == ["weight", "bias"]
