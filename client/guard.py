@@ -50,6 +50,8 @@ class Guard:
         self._identity = identity
         self._now = now
         self._pins = Pins(home)
+        self._events: list[Event] = []
+        self._parsed = 0
         register = self.policy.privacy_register
         self.register_id = register.id
         self._actor = key_text(public_key(identity.ledger_key))
@@ -177,6 +179,10 @@ class Guard:
         history = self._charged(self._ledger.entries())
         if event.kind == "no_dp":
             return
+        if rounds == 1:
+            if not admits(history, event, self.cap).admitted:
+                raise self._exhausted(0, 1)
+            return
         left = rounds_left(history, event, self.cap)
         if left < rounds:
             raise self._exhausted(left, rounds)
@@ -201,12 +207,27 @@ class Guard:
         self._ledger.append_if(decide)
         return event
 
-    def released(self, event: Event, attempt: int, ctx: bytes) -> None:
-        """Record, before its first byte leaves, that an upload of a charged round leaves."""
+    def released(self, man: bytes, round_number: int, attempt: int, ctx: bytes) -> None:
+        """Record, before its first byte leaves, that an upload of a charged round leaves; once an attempt.
+
+        Raises: RefusedError when the ledger holds no charge for that round.
+        """
+        entries = self._ledger.entries()
+        charged = [
+            event
+            for event in self._charged(entries)
+            if (event.manifest_digest, event.round) == (man.hex(), round_number)
+        ]
+        if not charged:
+            raise RefusedError("guard.not-charged", "nothing is charged for this round")
+        event_id = charged[-1].event_id
+        said = (event_id, attempt, ctx.hex())
+        if any(isinstance(e, Outcome) and (e.event_id, e.attempt, e.ctx) == said for e in entries):
+            return
         self._ledger.append(
             Outcome(
                 actor=self._actor,
-                event_id=event.event_id,
+                event_id=event_id,
                 state="released",
                 attempt=attempt,
                 ctx=ctx.hex(),
@@ -262,7 +283,11 @@ class Guard:
         )
 
     def _charged(self, entries: Sequence[Entry]) -> list[Event]:
-        return [Event.from_fields(fields) for fields in events(entries, self.register_id)]
+        # The ledger has checked that what was read before stands unchanged, so only new entries are parsed.
+        for fields in events(entries[self._parsed :], self.register_id):
+            self._events.append(Event.from_fields(fields))
+        self._parsed = len(entries)
+        return self._events
 
     def _opened(self, entries: Sequence[Entry]) -> Opened | None:
         found = [

@@ -24,7 +24,6 @@ from client.studies import StudyFolder
 from common import messages
 from common.errors import BudgetExhaustedError, RefusedError, VerificationError, WardroundError
 from common.messages import Reply, Request
-from common.privacy.events import Event
 from common.roster import Roster
 from common.run import read_study_document, run_params
 from common.secagg import records
@@ -48,7 +47,6 @@ class _Run:
     params: RunParams
     site: Site
     computation: Computation
-    event: Event | None = None
 
 
 class Participation:
@@ -240,7 +238,7 @@ class Participation:
         self._guard.check_budget(manifest, admitted, start.round)
         # Accepted before charged, so that a run file behind the ledger is known to be rolled back.
         site.on_round_start(start)
-        run.event = self._guard.charge(manifest, admitted, start.round)
+        self._guard.charge(manifest, admitted, start.round)
         log.info("study %s: round %d charged", manifest.digest.hex()[:12], start.round)
         q = run.computation.compute(state_file, admitted.dim)
         ready = site.ready(q, np.zeros(0, dtype=np.int64), digest)
@@ -252,9 +250,7 @@ class Participation:
         """R2 to R3: mask for the cohort, record that it leaves, hand over the payload."""
         site = run.site
         header = site.on_cohort(_first(found, records.Cohort))
-        if run.event is None:
-            raise RefusedError("participation.event", "nothing is charged for this round")
-        self._guard.released(run.event, site.attempt, header.ctx)
+        self._guard.released(run.params.man, site.round, site.attempt, header.ctx)
         payload = memoryview(site.payload())
         chunks = tuple(bytes(payload[span.start : span.stop]) for span in run.params.layout.spans)
         return Reply(messages.UPLOAD, True, (header,)), chunks

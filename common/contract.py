@@ -240,7 +240,7 @@ def text_of(value: object) -> str | None:
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     number = _number(value) if not isinstance(value, str) else math.nan
-    if abs(number) < LARGEST:
+    if abs(number) < 2**53:
         return str(int(number)) if number.is_integer() else repr(number)
     return value.strip(BLANKS) if isinstance(value, str) else None
 

@@ -226,16 +226,15 @@ class Store:
             )
             session.get_one(StudyRow, digest).round = checkpoint.round
 
-    def last_round(self, digest: str) -> RoundRow | None:
-        """The latest completed round of a study without its model, or None."""
+    def rounds(self, digest: str, after: int = 0) -> Sequence[RoundRow]:
+        """The completed rounds of a study past round ``after``, in order, without their models."""
         with self._session() as session:
             return session.scalars(
                 select(RoundRow)
-                .where(RoundRow.study == digest)
-                .order_by(RoundRow.round.desc())
-                .limit(1)
+                .where(RoundRow.study == digest, RoundRow.round > after)
+                .order_by(RoundRow.round)
                 .options(defer(RoundRow.state))
-            ).one_or_none()
+            ).all()
 
     def state(self, digest: str, round_number: int = 0) -> bytes:
         """The model after a completed round, 0 for the last. Raises RefusedError when there is none."""

@@ -181,12 +181,28 @@ class Studies(link_pb2_grpc.StudiesServicer):
             await _fail(context, error)
             return
         last: link_pb2.StudyEvent | None = None
+        shown = 0
         while True:
+            # The status first: a round that is stored after it is then told in the next turn, never lost.
             event = self._event(request.digest)
-            if event != last:
+            for row in self._desk.store.rounds(request.digest, after=shown):
+                shown = row.round
+                event.study.round = row.round
+                del event.cohort[:]
+                event.cohort.extend(json.loads(row.cohort))
+                event.seconds = row.seconds
+                last = link_pb2.StudyEvent()
+                last.CopyFrom(event)
                 yield event
-                last = event
-            if event.study.status in ENDED:
+            if last is not None:
+                event.cohort[:] = last.cohort
+                event.seconds = last.seconds
+            event.study.round = shown
+            if event != last:
+                last = link_pb2.StudyEvent()
+                last.CopyFrom(event)
+                yield event
+            if event.study.status in ENDED and event.study.round == self._desk.store.study(request.digest).round:
                 return
             await asyncio.sleep(WATCH_PERIOD_S)
 
@@ -203,10 +219,6 @@ class Studies(link_pb2_grpc.StudiesServicer):
                 decision=decisions.get(str(party.id), ""),
                 online=party.id in online,
             )
-        latest = self._desk.store.last_round(digest)
-        if latest is not None:
-            event.cohort.extend(json.loads(latest.cohort))
-            event.seconds = latest.seconds
         return event
 
     async def Export(  # noqa: N802

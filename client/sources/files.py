@@ -27,7 +27,7 @@ _MAX_HEADER_COLUMNS: Final = 100_000
 _CSV_REMEDY: Final = "Export as CSV of RFC 4180: UTF-8, comma, double quotes, one line of column names first."
 _WHOLE: Final = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _WHOLE_TYPES: Final = _WHOLE | {f"U{name}" for name in _WHOLE}
-_FLOAT_TYPES: Final = {"FLOAT", "DOUBLE"}
+_EXACT_BELOW: Final = {"FLOAT": 1 << 24, "DOUBLE": 1 << 53}
 _PLAIN_TYPES: Final = {"VARCHAR", "DATE", "UUID", "BOOLEAN"}
 
 
@@ -74,16 +74,22 @@ def _approved(kind: str, path: Path) -> Path:
             f"{path}: a source is one file, its path without any of * ? [ ] {{ }}",
             remedy="Rename it.",
         )
+    reason = ""
     try:
         file = path.resolve(strict=True)
-        with file.open("rb") as handle:
-            handle.read(1)
+        # Opening a pipe in place of the file would wait for ever.
+        if file.is_file():
+            file.open("rb").close()
+        else:
+            reason = "not a regular file"
     except OSError as error:
+        reason = error.strerror or "unreadable"
+    if reason:
         raise ContractError(
             "source.unreadable",
-            f"{path} cannot be read: {error.strerror}",
+            f"{path} cannot be read: {reason}",
             remedy="Check the path in policy.toml and that the agent's account may read the file.",
-        ) from error
+        )
     if _GLOB & set(str(file)):
         raise ContractError("source.path", f"{path}: its real path must be without any of * ? [ ] {{ }}")
     return file
@@ -204,7 +210,7 @@ def _as_number(column: str, kind: str) -> str | None:
     if kind == "VARCHAR":
         text = f"trim({column}, {_BLANKS})"
         return f"CASE WHEN regexp_full_match({text}, {_quoted(NUMBER)}) THEN TRY_CAST({text} AS DOUBLE) END"
-    if kind in _WHOLE_TYPES | _FLOAT_TYPES | {"BOOLEAN"} or kind.startswith("DECIMAL("):
+    if kind in _WHOLE_TYPES | _EXACT_BELOW.keys() | {"BOOLEAN"} or kind.startswith("DECIMAL("):
         return f"CAST({column} AS DOUBLE)"
     return None
 
@@ -212,10 +218,12 @@ def _as_number(column: str, kind: str) -> str | None:
 def _as_text(column: str, kind: str) -> str | None:
     """SQL for a cell as ``common.contract.text_of`` has it: whole numbers without decimals."""
     text = f"CAST({column} AS VARCHAR)"
-    if kind in _FLOAT_TYPES:
-        # An integer column with gaps is often exported as float: 17.0 is patient 17.
-        whole = f"isfinite({column}) AND abs({column}) < 1e15 AND {column} = trunc({column})"
-        return f"CASE WHEN {whole} THEN CAST(TRY_CAST({column} AS BIGINT) AS VARCHAR) ELSE {text} END"
+    if kind in _EXACT_BELOW:
+        # An integer column with gaps is often exported as float: 17.0 is patient 17. Beyond its exact
+        # integers a float has merged ids, and so names nobody.
+        exact = f"abs({column}) < {_EXACT_BELOW[kind]}"
+        whole = f"CAST(TRY_CAST({column} AS BIGINT) AS VARCHAR)"
+        return f"CASE WHEN {exact} THEN CASE WHEN {column} = trunc({column}) THEN {whole} ELSE {text} END END"
     if kind.startswith("DECIMAL("):
         return text if kind.endswith(",0)") else f"rtrim(rtrim({text}, '0'), '.')"
     if kind in _WHOLE_TYPES | _PLAIN_TYPES or kind.startswith(("ENUM(", "TIMESTAMP")):

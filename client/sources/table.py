@@ -5,6 +5,7 @@ what order and on which side of the split depends on the site's key and that pat
 other patients or the order of the file; ids stay inside, and neither they nor a size is ever printed.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -19,6 +20,9 @@ Part: TypeAlias = Literal["train", "holdout"]
 
 NO_ID: Final = frozenset({"", "-", "?", "na", "n/a", "nan", "<na>", "nat", "none", "null"})
 """Texts, in lower case, with which exports write an absent patient id."""
+
+_ROUNDED: Final = re.compile(r"[0-9](\.[0-9]+)?[eE]\+[0-9]+")
+"""A long number as spreadsheets show it: its last digits are lost, so that patients share it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -50,9 +54,12 @@ class Table:
 
 
 def patient_id(cell: object) -> str | None:
-    """The id in a cell as text without blanks around it, None when the row names no patient."""
+    """The id in a cell as text without blanks around it, None when the row names no one patient.
+
+    Two patients under one id would be clipped as one, which is not what the guarantee counts on.
+    """
     text = cell.strip(BLANKS) if isinstance(cell, str) else ""
-    return None if text.lower() in NO_ID else text
+    return None if text.lower() in NO_ID or _ROUNDED.fullmatch(text) else text
 
 
 def in_holdout(key: bytes, patient: str, share: float) -> bool:

@@ -50,7 +50,6 @@ class Machine:
         self._accepted_here = False
         self._vectors: tuple[Words, Words] | None = None
         self._seed = b""
-        self._nu = b""
         self._disputed: set[int] = set()
 
     @classmethod
@@ -155,4 +154,3 @@ class Machine:
         self._accepted_here = False
         self._vectors = None
         self._seed = b""
-        self._nu = b""

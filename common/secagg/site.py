@@ -110,7 +110,7 @@ class Site(Joining):
         """
         state, params = self._running(), self._params
         self._require(
-            self._accepted_here and self._vectors is None and state.round > 0 and state.header is None,
+            self._accepted_here and self._vectors is None,
             "ready.repeated",
             "this hospital has no open round to be ready for; a restart is a dropout of its round",
         )
@@ -128,7 +128,7 @@ class Site(Joining):
         seed = fresh(self._entropy, SEED_BYTES)
         nu = self._nu_of(seed, vectors)
         record = self._signed(Ready(state.man, state.me, state.round, state.model_digest, nu))
-        self._vectors, self._seed, self._nu = vectors, seed, nu
+        self._vectors, self._seed = vectors, seed
         return record
 
     def on_cohort(self, cohort: Cohort) -> Upload:
@@ -170,7 +170,7 @@ class Site(Joining):
         )
         nu = self._nu_of(self._seed, self._vectors)
         self._require(
-            hmac.compare_digest(nu, self._nu) and hmac.compare_digest(nu, dict(cohort.members)[state.me]),
+            hmac.compare_digest(nu, dict(cohort.members)[state.me]),
             "cohort.nu",
             "the cohort names another vector of this hospital than the one it holds",
         )

@@ -30,7 +30,7 @@ REGISTER, EVENT = "ab" * 16, "cd" * 16
 
 
 def manifest(**tables: dict[str, Any]) -> Manifest:
-    """The example with keys of its tables changed; ``codec`` and ``top`` name the codec and the study itself."""
+    """The example with keys of its tables changed; ``top`` is the study itself."""
     value = EXAMPLE | tables.pop("top", {})
     value["aggregation"] = EXAMPLE["aggregation"] | {
         "codec": EXAMPLE["aggregation"]["codec"] | tables.pop("codec", {})
@@ -220,9 +220,7 @@ def test_dither_is_drawn_from_the_given_entropy() -> None:
 
 
 def test_checking_needs_neither_torch_nor_flower() -> None:
-    code = (
-        "import sys, common.admissible; "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'flwr', 'opacus', 'dp_accounting', 'duckdb')))"
-    )
+    heavy = ("torch", "flwr", "opacus", "dp_accounting", "duckdb")
+    code = f"import sys, common.admissible; sys.exit(any(name in sys.modules for name in {heavy}))"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

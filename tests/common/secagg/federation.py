@@ -137,7 +137,9 @@ class Federation:
         self.setup = self.hub.outcome()
         return self.setup
 
-    def round(self, number: int = 1, *, start_at: Sequence[int] | None = None, model: bytes = MODEL) -> HubRound:
+    def round(
+        self, number: int = 1, *, start_at: Sequence[int] | None = None, model: bytes = MODEL
+    ) -> HubRound:
         """A round, accepted by the hospitals ``start_at`` (all)."""
         assert self.setup is not None
         hub = HubRound(
@@ -198,7 +200,10 @@ class Federation:
     def expected(self, ids: Sequence[int], number: int = 1) -> tuple[list[int], list[int]]:
         """The plain sums over ``ids``, in Python integers."""
         vectors = [self.vectors(i, number) for i in ids]
-        return tuple([sum(map(int, column)) for column in zip(*part, strict=True)] for part in zip(*vectors, strict=True))  # type: ignore[return-value]
+        return tuple(
+            [sum(map(int, column)) for column in zip(*part, strict=True)]
+            for part in zip(*vectors, strict=True)
+        )  # type: ignore[return-value]
 
 
 def matches(federation: Federation, sums: Sums, number: int = 1) -> bool:

@@ -31,7 +31,7 @@ def kdf(key: bytes, label: str, *parts: bytes) -> bytes:
 
 def keystream(key: bytes, size: int) -> bytes:
     """AES-256 of the 128-bit big-endian counters 0, 1, 2, ..., block by block."""
-    encryptor = Cipher(AES(key), ECB()).encryptor()
+    encryptor = Cipher(AES(key), ECB()).encryptor()  # noqa: S305 - one block at a time, as CTR is defined
     blocks = [encryptor.update(counter.to_bytes(16, "big")) for counter in range(-(-size // 16))]
     return b"".join(blocks)[:size]
 
@@ -41,12 +41,21 @@ def words(data: bytes, size: int) -> list[int]:
 
 
 def masked(
-    q: list[int], size: int, b: bytes, pair_keys: dict[int, bytes], me: int, ids: list[int], vector: bytes, ctx: bytes
+    q: list[int],
+    size: int,
+    b: bytes,
+    pair_keys: dict[int, bytes],
+    me: int,
+    ids: list[int],
+    vector: bytes,
+    ctx: bytes,
 ) -> bytes:
     """q and a 1, plus the self-mask, plus the masks of higher ids, minus those of lower ones."""
     total = [*q, 1]
     streams = [(1, kdf(b, "selfmask", vector, ctx))]
-    streams += [(1 if me < peer else -1, kdf(pair_keys[peer], "mask", vector, ctx)) for peer in ids if peer != me]
+    streams += [
+        (1 if me < peer else -1, kdf(pair_keys[peer], "mask", vector, ctx)) for peer in ids if peer != me
+    ]
     for sign, key in streams:
         stream = words(keystream(key, len(total) * size), size)
         total = [value + sign * mask for value, mask in zip(total, stream, strict=True)]

@@ -2,11 +2,13 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from common.errors import RefusedError, VerificationError
 from common.secagg import codec
@@ -47,17 +49,21 @@ def test_the_bound_is_reached_and_does_not_wrap() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=8), positive, st.integers(1, 2**30))
+@given(
+    st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=8), positive, st.integers(1, 2**30)
+)
 def test_quantising_is_bounded(values: list[float], step: float, steps: int) -> None:
     limit = step * steps
     array = np.array(values, dtype=np.float64)
     bound = codec.largest(step, limit) + 1
     for rounding in ("nearest", "dither"):
-        q = codec.quantise(array, step, limit, rounding, Counter("dither"))  # type: ignore[arg-type]
+        q = codec.quantise(array, step, limit, rounding, Counter("dither"))
         assert q.dtype == np.int64
         assert all(abs(value) <= bound for value in q.tolist())
         for value, x in zip(q.tolist(), values, strict=True):
-            assert abs(value - min(max(x, -limit), limit) / step) <= (0.5 if rounding == "nearest" else 1) * (1 + 1e-6)
+            assert abs(value - min(max(x, -limit), limit) / step) <= (0.5 if rounding == "nearest" else 1) * (
+                1 + 1e-6
+            )
 
 
 def test_nearest_rounds_halves_up_and_keeps_the_grid() -> None:
@@ -110,7 +116,7 @@ def test_words_are_twos_complement(bits: int, data: st.DataObject) -> None:
         (np.array([-(2**63)], dtype=np.int64), 1),
     ],
 )
-def test_another_dtype_shape_or_size_is_refused(vector: np.ndarray, size: int) -> None:  # type: ignore[type-arg]
+def test_another_dtype_shape_or_size_is_refused(vector: NDArray[Any], size: int) -> None:
     with pytest.raises(RefusedError):
         codec.to_words(vector, 32, size, 10, "parameters")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import pytest
@@ -123,7 +124,7 @@ def directories(federation: Federation, good: Directory) -> list[tuple[Directory
 def test_a_false_directory_is_refused() -> None:
     federation, good = announced(4)
     for false, match in directories(federation, good):
-        refuses(federation, 1, lambda false=false: federation.sites[1].on_directory(false), match)  # type: ignore[misc]
+        refuses(federation, 1, partial(federation.sites[1].on_directory, false), match)
     assert federation.sites[1].on_directory(good)
 
 
@@ -171,8 +172,8 @@ def test_false_seeds_are_refused() -> None:
         (signed(PairSeed(man, seed.dirh, 1, 7, seed.ct), 7, man), "outside the directory"),
     ]
     for false, match in cases:
-        refuses(federation, 1, lambda false=false: federation.sites[1].on_pair_seeds([false]), match)  # type: ignore[misc]
-        refuses(federation, 1, lambda false=false: federation.sites[1].on_pair_seeds([seed, false]), match)  # type: ignore[misc]
+        refuses(federation, 1, partial(federation.sites[1].on_pair_seeds, [false]), match)
+        refuses(federation, 1, partial(federation.sites[1].on_pair_seeds, [seed, false]), match)
     assert [peer for peer, _ in federation.sites[1].on_pair_seeds(good).tags] == [2, 3, 4]
 
 
@@ -263,7 +264,8 @@ def test_false_confirmations_are_refused() -> None:
         (signed(dataclasses.replace(good, id=9), 9, man), "outside the directory"),
     ]
     for false, match in cases:
-        refuses(federation, 1, lambda false=false: federation.sites[1].on_confirms([confirms[3], false]), match)  # type: ignore[misc]
+        batch = [confirms[3], false]
+        refuses(federation, 1, partial(federation.sites[1].on_confirms, batch), match)
     assert federation.sites[1].accepted == frozenset()
 
 
@@ -277,6 +279,7 @@ def test_after_round_one_the_setup_is_over_but_answers_are_repeated() -> None:
         before = list(federation.disks[i].versions)
         assert site.on_pair_seeds(late if i == 1 else ()) == confirms[i]
         assert site.on_confirms(federation.hub.confirms_for(i)) == set(federation.ids) - {i}
+        assert site.disputed == frozenset()
         assert site.announce() == federation.hub.directory().entries[i - 1]
         assert federation.disks[i].versions == before
     # A hub that lost its setup gets the same one by asking again.
@@ -371,3 +374,16 @@ def test_the_hub_verifies_before_it_passes_on() -> None:
     hub.on_confirm(1, confirm)
     assert hub.missing_confirms() == (2, 3)
     assert hub.outcome().pairs == frozenset()
+
+
+def test_a_split_directory_pairs_nobody_across_the_split() -> None:
+    federation, whole = announced(5)
+    part = Directory(whole.entries[:4])
+    seeds: dict[int, tuple[PairSeed, ...]] = {}
+    for i in federation.ids:
+        seeds[i] = federation.sites[i].on_directory(part if i in (1, 2) else whole)
+    for sender, receiver in ((1, 4), (4, 2)):
+        crossing = [s for s in seeds[sender] if {s.i, s.j} == {sender, receiver}]
+        assert len(crossing) == 1
+        call = partial(federation.sites[receiver].on_pair_seeds, crossing)
+        refuses(federation, receiver, call, "another run")

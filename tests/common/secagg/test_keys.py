@@ -21,7 +21,9 @@ def test_every_label_against_the_reference() -> None:
     assert keys.ratchet(KEY, 2) == kdf(kdf(KEY, "ratchet"), "ratchet")
     assert keys.mask_key(KEY, "params", CTX) == kdf(KEY, "mask", b"params", CTX)
     assert keys.mask_key(KEY, "scalars", CTX) == kdf(KEY, "mask", b"scalars", CTX)
-    assert keys.ready_tag(KEY, MAN, 70000, 258, CTX) == kdf(KEY, "ready", MAN, b"\x70\x11\x01\x00", b"\x02\x01", CTX)
+    assert keys.ready_tag(KEY, MAN, 70000, 258, CTX) == kdf(
+        KEY, "ready", MAN, b"\x70\x11\x01\x00", b"\x02\x01", CTX
+    )
     assert keys.self_seed(KEY, CTX) == kdf(KEY, "self", CTX)
     assert keys.noise_key(KEY, CTX, "params", 3) == kdf(KEY, "noise", CTX, b"params", b"\x03\x00\x00\x00")
     assert keys.self_mask_key(KEY, "scalars", CTX) == kdf(KEY, "selfmask", b"scalars", CTX)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from common.errors import RefusedError, VerificationError
 from common.secagg import masks
 from common.secagg.codec import CHUNK_BYTES, Layout, to_words
+from common.secagg.keys import VECTORS
 from tests.common.secagg.federation import Counter
 from tests.common.secagg.reference import hash_of, keystream, masked
 
@@ -31,7 +32,13 @@ def test_blocks_continue_one_keystream(dtype: str, extra: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["<u2", "<u4", "<u8"]), st.integers(0, 40), st.integers(0, 3), st.integers(0, 3), st.data())
+@given(
+    st.sampled_from(["<u2", "<u4", "<u8"]),
+    st.integers(0, 40),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.data(),
+)
 def test_masks_cancel(dtype: str, size: int, added: int, subtracted: int, data: st.DataObject) -> None:
     top = np.iinfo(dtype).max
     before = np.array(data.draw(st.lists(st.integers(0, top), min_size=size, max_size=size)), dtype=dtype)
@@ -48,13 +55,15 @@ def test_masks_cancel(dtype: str, size: int, added: int, subtracted: int, data: 
 def test_wrong_words_and_keys_are_refused() -> None:
     for words in (np.zeros(4, dtype="<i4"), np.zeros((2, 2), dtype="<u4"), np.zeros(8, dtype="<u4")[::2]):
         with pytest.raises(VerificationError):
-            masks.apply_keystreams(words, [bytes(32)])  # type: ignore[arg-type]
+            masks.apply_keystreams(words, [bytes(32)])
     for key in (b"", bytes(16), bytes(31), bytes(33)):
         with pytest.raises(VerificationError, match="32 bytes"):
             masks.apply_keystreams(np.zeros(1, dtype="<u4"), [], [key])
 
 
-def payload(me: int, ids: list[int], pair_keys: dict[int, bytes], bits: int = 32) -> tuple[bytes, list[int], list[int]]:
+def payload(
+    me: int, ids: list[int], pair_keys: dict[int, bytes], bits: int = 32
+) -> tuple[bytes, list[int], list[int]]:
     params, scalars = [me, -me, 0], [-(10**12) * me]
     made = masks.mask_payload(
         to_words(np.array(params, dtype=np.int64), bits, 3, 1000, "parameters"),
@@ -85,8 +94,8 @@ def test_every_cohort_member_masks(n: int) -> None:
     for me in ids:
         others = {i: key for i, key in pair_keys.items() if i != me}
         made, _, _ = payload(me, ids, others)
-        for vector in ("params", "scalars"):
-            added, subtracted = masks.cohort_mask_keys(others, ids, me, vector, CTX)  # type: ignore[arg-type]
+        for vector in VECTORS:
+            added, subtracted = masks.cohort_mask_keys(others, ids, me, vector, CTX)
             assert len(set(added + subtracted)) == n - 1
             assert len(added) == sum(me < i for i in ids)
         for peer in others:

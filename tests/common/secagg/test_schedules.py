@@ -53,7 +53,12 @@ class Schedules(RuleBasedStateMachine):
         finally:
             disk.fail = 0
 
-    @rule(number=st.integers(1, 5), model=st.sampled_from(MODELS), who=st.sets(st.sampled_from(ALL)), which=st.integers(0, 3))
+    @rule(
+        number=st.integers(1, 5),
+        model=st.sampled_from(MODELS),
+        who=st.sets(st.sampled_from(ALL)),
+        which=st.integers(0, 3),
+    )
     def start(self, number: int, model: bytes, who: set[int], which: int) -> None:
         self.begin_round(number, model, who, which)
 
@@ -76,7 +81,9 @@ class Schedules(RuleBasedStateMachine):
         )
         for i in sorted(who):
             self.ask(i, which, lambda site: site.on_round_start(hub.start))
-            ready = self.ask(i, which, lambda site, i=i: site.ready(*self.federation.vectors(i, number), model))
+            ready = self.ask(
+                i, which, lambda site, i=i: site.ready(*self.federation.vectors(i, number), model)
+            )
             if ready is not None:
                 self.readies[number].append(ready)
 
@@ -84,14 +91,18 @@ class Schedules(RuleBasedStateMachine):
     @rule(data=st.data(), which=st.integers(0, 3), attempt=st.integers(1, 4))
     def offer_cohort(self, data: st.DataObject, which: int, attempt: int) -> None:
         """Any subset of four or five, any of the values of nu seen, to any of them."""
-        number = data.draw(st.sampled_from([n for n, f in self.readies.items() if len({r.id for r in f}) >= 4]))
+        number = data.draw(
+            st.sampled_from([n for n, f in self.readies.items() if len({r.id for r in f}) >= 4])
+        )
         by_id: dict[int, list[bytes]] = defaultdict(list)
         for ready in self.readies[number]:
             by_id[ready.id].append(ready.nu)
         ids = sorted(by_id)
         left_out = data.draw(st.sampled_from([0, *ids])) if len(ids) == 5 else 0
         members = tuple(
-            (i, data.draw(st.sampled_from(by_id[i])) if len(by_id[i]) > 1 else by_id[i][0]) for i in ids if i != left_out
+            (i, data.draw(st.sampled_from(by_id[i])) if len(by_id[i]) > 1 else by_id[i][0])
+            for i in ids
+            if i != left_out
         )
         self.offer(Cohort(number, attempt, members), set(ids), which)
 
@@ -197,7 +208,7 @@ def test_one_opening_per_round() -> None:
 
 
 def test_one_payload_per_context() -> None:
-    """Two agents on one state: after the upload both send the same bytes, before it they differ in nu and so in ctx."""
+    """Two agents on one state differ in nu, and so in ctx; after an upload a clone sends the same bytes."""
     federation = make()
     hub = federation.round(1)
     version = len(federation.disks[4].versions) - 2

@@ -104,7 +104,9 @@ def test_a_damaged_payload_is_noticed_at_restart() -> None:
     federation.upload(hub, hub.cohort())
     disk = federation.disks[1]
     state = RunState.from_bytes(disk.versions[-1])
-    disk.versions.append(dataclasses.replace(state, payload=b"\x00" + state.payload[1:]).to_bytes())
+    disk.versions.append(
+        dataclasses.replace(state, payload=bytes([state.payload[0] ^ 1]) + state.payload[1:]).to_bytes()
+    )
     with pytest.raises(VerificationError, match="payload is damaged"):
         federation.restart(1)
 

@@ -156,7 +156,9 @@ def test_false_headers_are_refused() -> None:
     assert dict(hub.accumulator.headers) == {}
     hub.on_upload(1, good)
     swapped = good.chunk_digests[::-1]
-    second = resigned(good, federation, 1, chunk_digests=swapped, payload_digest=records.payload_digest(swapped))
+    second = resigned(
+        good, federation, 1, chunk_digests=swapped, payload_digest=records.payload_digest(swapped)
+    )
     with pytest.raises(RefusedError, match="two payloads"):
         hub.on_upload(1, second)
     assert dict(hub.accumulator.headers) == {1: good}
@@ -186,9 +188,7 @@ def test_a_wrong_opening_is_refused() -> None:
     request = hub.open_please()
     good = {i: federation.sites[i].on_open_please(request) for i in federation.ids}
     man = federation.params.man
-    false_b = records.signed(
-        dataclasses.replace(good[1], b=b"\x01" * 32), man, signing_key("site 1").sign
-    )
+    false_b = records.signed(dataclasses.replace(good[1], b=b"\x01" * 32), man, signing_key("site 1").sign)
     for sender, record, match in (
         (2, good[1], "another context or name"),
         (1, good[2], "another context or name"),
@@ -247,9 +247,9 @@ def test_nothing_is_known_before_the_last_opening() -> None:
 
 
 def test_all_but_two_together_with_the_hub_learn_the_sum_of_the_two() -> None:
-    """The colluders 3 and 4 give the hub their keys: the payloads of 1 and 2 keep one mask that only they share."""
+    """The colluders 3 and 4 give the hub their keys: on 1 and 2 stays the one mask that only they share."""
     federation = FOUR()
-    hub, cohort, headers, _ = masked(federation)
+    _, cohort, headers, _ = masked(federation)
     ctx = headers[1].ctx
     states = {i: federation.disks[i].state for i in federation.ids}
     left = {}
@@ -314,7 +314,9 @@ def test_the_order_of_arrival_does_not_matter(order: list[tuple[int, int]]) -> N
 EXAMPLE = FOUR()
 _hub, _cohort, EXAMPLE_HEADERS, EXAMPLE_CHUNKS = masked(EXAMPLE)
 EXAMPLE_ATTEMPT = (_cohort, _hub.accumulator.ctx)
-EXAMPLE_OPENINGS = {i: EXAMPLE.sites[i].on_open_please(records.OpenPlease(_hub.accumulator.ctx)) for i in EXAMPLE.ids}
+EXAMPLE_OPENINGS = {
+    i: EXAMPLE.sites[i].on_open_please(records.OpenPlease(_hub.accumulator.ctx)) for i in EXAMPLE.ids
+}
 
 
 def test_an_abandoned_attempt_keeps_nothing() -> None:

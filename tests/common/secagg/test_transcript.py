@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -35,9 +36,7 @@ def transcript(name: str, seal: Seal) -> dict[str, Any]:
     def say(*found: Record) -> None:
         messages.extend([type(record).__name__, encode(record).hex()] for record in found)
 
-    original = joining.seal_seed
-    joining.seal_seed = seal
-    try:
+    with mock.patch.object(joining, "seal_seed", seal):
         for i, site in federation.sites.items():
             say(site.announce())
             federation.hub.on_announce(i, site.announce())
@@ -46,8 +45,6 @@ def transcript(name: str, seal: Seal) -> dict[str, Any]:
             seeds = site.on_directory(federation.hub.directory())
             say(*seeds)
             federation.hub.on_pair_seeds(i, seeds)
-    finally:
-        joining.seal_seed = original
     for i, site in federation.sites.items():
         confirm = site.on_pair_seeds(federation.hub.seeds_for(i))
         say(confirm)
@@ -111,8 +108,10 @@ def parts(data: bytes) -> list[bytes]:
 def test_the_transcript_is_the_frozen_one(name: str) -> None:
     vector = frozen(name)
     sealed = {tuple(parts(data)[2:4]): parts(data)[4] for data in messages(vector, "PairSeed")}
-    announced = {parts(data)[2]: SetupKeys.new(Counter(f"frozen/{i}")) for i, data in enumerate(
-        messages(vector, "KeyAnnounce"), start=1)}
+    announced = {
+        parts(data)[2]: SetupKeys.new(Counter(f"frozen/{i}"))
+        for i, data in enumerate(messages(vector, "KeyAnnounce"), start=1)
+    }
     man = bytes.fromhex(vector["man"])
     flat = [p for data in messages(vector, "KeyAnnounce") for p in (parts(data)[0], *parts(data)[2:4])]
     dirh = hash_of("dir", man, len(ATTEMPTS[name][0]).to_bytes(2, "little"), *flat)
@@ -137,7 +136,7 @@ def test_every_frozen_message_decodes_to_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_the_frozen_payloads_are_those_of_the_reference(name: str) -> None:
-    """From the seeds alone: pair keys, ratchet, context, commitments and masks, without the code under test."""
+    """From the seeds alone: pair keys, ratchet, context, commitments, masks, each by the reference."""
     vector = frozen(name)
     man = bytes.fromhex(vector["man"])
     flat = [p for data in messages(vector, "KeyAnnounce") for p in (parts(data)[0], *parts(data)[2:4])]
@@ -170,7 +169,9 @@ def test_the_frozen_payloads_are_those_of_the_reference(name: str) -> None:
             expected += masked(scalars, 8, b, held[i], i, ids, b"scalars", ctx)
             assert vector["payloads"][f"{i}/{attempt}"] == expected.hex()
             header = next(
-                p for p in map(parts, messages(vector, "Upload")) if p[0] == i.to_bytes(2, "little") and p[1] == ctx
+                p
+                for p in map(parts, messages(vector, "Upload"))
+                if p[0] == i.to_bytes(2, "little") and p[1] == ctx
             )
             assert header[2] == kdf(b, "commit", ctx, i.to_bytes(2, "little"))
             if attempt == len(ATTEMPTS[name]):
