@@ -423,7 +423,7 @@ def _refuse(root: str, error: ValidationError) -> NoReturn:
             continue
         parts.append(str(part))
     if first["type"] == "rule":
-        parts.append(str(first["ctx"]["field"]))
+        parts.append(str(first.get("ctx", {})["field"]))
     path = ".".join(parts) or root
     rule = first["msg"].removeprefix("Value error, ").removesuffix(" after validation")
     for wording in ("Input should", "Value should", "String should", "Tuple should"):

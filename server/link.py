@@ -115,6 +115,8 @@ class Link(link_pb2_grpc.LinkServicer):
         self._pending: dict[str, _Pending] = {}
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="accumulate")
         self._started = threading.Event()
+        self._stopped = threading.Event()
+        self._waiters: list[threading.Condition] = []
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: Exception | None = None
@@ -134,14 +136,29 @@ class Link(link_pb2_grpc.LinkServicer):
 
     def stop(self) -> None:
         """End all streams and the thread. Calling it twice does nothing more."""
+        self._stopped.set()
+        for waiting in self._waiters:
+            with waiting:
+                waiting.notify_all()
         if self._loop is not None and self._stop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stop.set)
         if self._thread.is_alive():
             self._thread.join(timeout=10)
         self._executor.shutdown(wait=True)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether stop() was called."""
+        return self._stopped.is_set()
+
+    def wake_on_stop(self, waiting: threading.Condition) -> None:
+        """Notify a condition when the link stops, so that nobody waits for replies that cannot come."""
+        self._waiters.append(waiting)
+
     def online(self) -> dict[int, float]:
-        """Seconds since each attached site was last heard of."""
+        """Seconds since each attached site was last heard of. Raises UnreachableError after stop()."""
+        if self._stopped.is_set():
+            raise UnreachableError("link.stopped", "the hub's link has been stopped")
         now = time.monotonic()
         return {node_id: now - c.last_seen for node_id, c in list(self._connections.items())}
 
@@ -350,6 +367,7 @@ class GrpcGrid(Grid):
         self._waiting: dict[str, flower.Message] = {}
         self._replies: dict[str, flower.Message] = {}
         self.sink: Sink | None = None
+        link.wake_on_stop(self._condition)
         flower.assume_identity(flower.HUB_NODE_ID)
 
     def set_run(self, run: flower.Run) -> None:
@@ -412,10 +430,15 @@ class GrpcGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[flower.Message], *, timeout: float | None = None
     ) -> Iterable[flower.Message]:
-        """Send and wait for all replies or for ``timeout`` seconds; what is still open is then withdrawn."""
+        """Send and wait for all replies or for ``timeout`` seconds; what is still open is then withdrawn.
+
+        Raises: UnreachableError when the link stops meanwhile.
+        """
         message_ids = list(self.push_messages(messages))
         with self._condition:
-            self._condition.wait_for(lambda: all(m in self._replies for m in message_ids), timeout)
+            self._condition.wait_for(
+                lambda: self._link.stopped or all(m in self._replies for m in message_ids), timeout
+            )
             late = [m for m in message_ids if m not in self._replies]
             for message_id in late:
                 self._waiting.pop(message_id, None)

@@ -74,7 +74,7 @@ def _approved(kind: str, path: Path) -> Path:
             f"{path}: a source is one file, its path without any of * ? [ ] {{ }}",
             remedy="Rename it.",
         )
-    reason = ""
+    file, reason = path, ""
     try:
         file = path.resolve(strict=True)
         # Opening a pipe in place of the file would wait for ever.

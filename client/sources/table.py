@@ -107,8 +107,8 @@ def build_table(
     for patient in ids:
         rows = rows_of[patient]
         if len(rows) > 1:
-            rows = sorted(rows, key=lambda row: _rank(key, patient, x[row], int(y[row])))
-            rows = rows[: contract.rows_per_patient]
+            ranks = {row: _rank(key, patient, x[row], int(y[row])) for row in rows}
+            rows = sorted(rows, key=ranks.__getitem__)[: contract.rows_per_patient]
         chosen += rows
         counts.append(len(rows))
     index = np.array(chosen, dtype=np.int64)

@@ -82,21 +82,26 @@ def flatten(values: Mapping[str, npt.ArrayLike], tensors: Sequence[Tensor]) -> n
     expected = {tensor.name for tensor in tensors}
     if set(values) != expected:
         differing = sorted(expected.symmetric_difference(values))
-        raise VerificationError("layout.names", f"the tensors do not match the layout: {', '.join(differing)}")
+        raise VerificationError(
+            "layout.names", f"the tensors do not match the layout: {', '.join(differing)}"
+        )
     vector = np.empty(size(tensors), dtype=np.float64)
     start = 0
     for tensor in tensors:
         array = np.asarray(values[tensor.name])
         if array.shape != tensor.shape:
             raise VerificationError(
-                "layout.shape", f"tensor {tensor.name!r} has shape {array.shape}, the layout says {tensor.shape}"
+                "layout.shape",
+                f"tensor {tensor.name!r} has shape {array.shape}, the layout says {tensor.shape}",
             )
         vector[start : start + tensor.size] = array.reshape(-1)
         start += tensor.size
     return vector
 
 
-def unflatten(vector: npt.NDArray[np.float64], tensors: Sequence[Tensor]) -> dict[str, npt.NDArray[np.float64]]:
+def unflatten(
+    vector: npt.NDArray[np.float64], tensors: Sequence[Tensor]
+) -> dict[str, npt.NDArray[np.float64]]:
     """The named tensors inside a flat vector [d], as float64 copies; storing casts them to their dtype.
 
     Raises: VerificationError when the vector's length is not d.

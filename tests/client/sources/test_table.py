@@ -68,7 +68,16 @@ def test_file_order_changes_nothing(rows: list[Row], cap: int, generator: random
         assert getattr(first, name).tobytes() == getattr(second, name).tobytes()
 
 
-@given(row_lists, st.integers(1, 4))
+crowded = st.lists(
+    st.tuples(
+        st.sampled_from(["p1", "p2"]), st.integers(0, 4).map(float), st.sampled_from(["no", "yes", "?"])
+    ),
+    min_size=12,
+    max_size=24,
+)
+
+
+@given(row_lists | crowded, st.integers(1, 4))
 @settings(max_examples=80, deadline=None)
 def test_row_cap_holds(rows: list[Row], cap: int) -> None:
     usable: dict[str, list[tuple[float, int]]] = {}
