@@ -1,17 +1,14 @@
 """The one place that touches Flower beyond its public API, and the shape of our messages inside Flower's.
 
 Source: Flower 1.41 ``flwr.{app,serverapp,clientapp}``; the touch points are listed in TOUCH_POINTS and
-held by a contract test. Rules: telemetry and the update check are switched off before flwr is imported;
+held by a contract test. Rules: telemetry and the update check are off before flwr is imported
+(``common/__init__.py``);
 a wardround message is one ConfigRecord named ``wardround`` with a ``body`` and at most one ``attachment``,
 a list of chunks; our link carries the chunks beside the message, other engines inside it.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
-
-os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.metadata import Metadata
@@ -24,6 +21,7 @@ TOUCH_POINTS = (
     "flwr.supercore.task_identity.TaskIdentity",
     "flwr.supercore.run.Run",
     "flwr.app.metadata.Metadata",
+    "flwr.app.metadata.Metadata._message_id",
     "flwr.app.Message(metadata=...)",
 )
 HUB_NODE_ID = 0

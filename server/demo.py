@@ -283,13 +283,15 @@ def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
     table.add_column("model")
     table.add_column("accuracy", justify="right")
     table.add_column("epsilon spent / cap", justify="right")
-    table.add_row("all hospitals together, private (global model)", f"{result['accuracy']:.3f}", "see below")
+    table.add_row("all hospitals together, private", f"[bold]{result['accuracy']:.3f}[/bold]", "")
     for site in result["sites"]:
         own = result["local_accuracy"][site["name"]]
         table.add_row(
-            f"{site['name']}: its own rows alone", f"{own:.3f}", f"{site['epsilon']:.3f} / {site['cap']:.1f}"
+            f"{site['name']} alone, without privacy: stays at home",
+            f"{own:.3f}",
+            f"{site['epsilon']:.3f} / {site['cap']:.1f}",
         )
-    table.add_row("all rows pooled, without privacy (reference)", f"{result['pooled_accuracy']:.3f}", "-")
+    table.add_row("reference: all rows pooled, without privacy", f"{result['pooled_accuracy']:.3f}", "")
     console.print(table)
     shutil.rmtree(folder / "logs", ignore_errors=True)
     return (

@@ -7,21 +7,48 @@ the folder; the coordinator's folder is made beside them to be handed over, and 
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Final, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import UsageError
 
-Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")]
+HIGHEST_PORT: Final = 65535
+
+
+def _port(text: str) -> str:
+    if int(text.rpartition(":")[2]) > HIGHEST_PORT:
+        raise ValueError(f"a port is at most {HIGHEST_PORT}")
+    return text
+
+
+_HOST: Final = r"^(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])"
+Address = Annotated[str, Field(pattern=_HOST + ":[1-9][0-9]{0,4}$"), AfterValidator(_port)]
+"""host:port that can be dialled, as an admission may name it."""
+Listen = Annotated[str, Field(pattern=_HOST + ":[0-9]{1,5}$"), AfterValidator(_port)]
+"""host:port to listen on; port 0 takes any that is free."""
 
 
 class HubSettings(BaseModel):
     """``hub.toml``: where the hub listens and under which address sites and coordinators dial it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    listen: Address
+    listen: Listen
     address: Address
+
+    @classmethod
+    def create(cls, *, listen: str, address: str) -> Self:
+        """Settings from a command line. Raises UsageError naming the one that is malformed."""
+        try:
+            return cls(listen=listen, address=address)
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+            value = listen if name == "listen" else address
+            raise UsageError(
+                f"hub.{name}",
+                f"the {name} {value!r} is not host:port",
+                remedy="Give a host name or an address (IPv6 in brackets), a colon and a port up to 65535.",
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +147,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def _load(path: Path, model: type[Model], remedy: str) -> Model:
     try:
         return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise UsageError("settings.missing", f"{path} is missing", remedy=remedy) from error
+    except OSError as error:
+        raise UsageError("settings.missing", f"{path} is missing or unreadable", remedy=remedy) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise UsageError("settings.invalid", f"{path}: {error}", remedy="Correct the file.") from error

@@ -7,12 +7,14 @@ started here and nothing else; a failing command becomes one clear error with it
 import json
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -30,6 +32,22 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back for a moment: a process that was started must be written down before we may be stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 class Running:
@@ -99,15 +117,16 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for running in self._running:
-            if running.process.poll() is None:
-                running.process.terminate()
-        for running in reversed(self._running):
-            running.end()
+        with _uninterrupted():
+            for running in self._running:
+                if running.process.poll() is None:
+                    running.process.terminate()
+            for running in reversed(self._running):
+                running.end()
 
     def start(self, name: str, *arguments: str) -> Running:
         """Start a command that stays; its standard error goes to ``logs/NAME.log``."""
-        with (self._logs / f"{name}.log").open("ab") as log:
+        with _uninterrupted(), (self._logs / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*COMMAND, *arguments],
                 stdout=subprocess.PIPE,
@@ -116,8 +135,8 @@ class Processes:
                 text=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-        running = Running(name, process)
-        self._running.append(running)
+            running = Running(name, process)
+            self._running.append(running)
         return running
 
     def json(self, *arguments: str) -> dict[str, Any]:

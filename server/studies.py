@@ -202,7 +202,10 @@ class Studies(link_pb2_grpc.StudiesServicer):
                 last = link_pb2.StudyEvent()
                 last.CopyFrom(event)
                 yield event
-            if event.study.status in ENDED and event.study.round == self._desk.store.study(request.digest).round:
+            if (
+                event.study.status in ENDED
+                and event.study.round == self._desk.store.study(request.digest).round
+            ):
                 return
             await asyncio.sleep(WATCH_PERIOD_S)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tests.bench.result import Result
 
-ALL = ("link",)
+ALL = ("link", "demo")
 
 
 def main(names: list[str]) -> int:
