@@ -43,8 +43,8 @@ def _refuse_shadowing() -> None:
     wrong = shadowed(Path(__file__).resolve().parent)
     if wrong:
         raise ImportError(
-            f"wardround: the packages {', '.join(wrong)} would be loaded from another place than wardround itself; "
-            "remove the folders of that name from the working directory or from PYTHONPATH"
+            f"wardround: the packages {', '.join(wrong)} would be loaded from another place than wardround "
+            "itself; remove the folders of that name from the working directory or from PYTHONPATH"
         )
 
 

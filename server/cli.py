@@ -8,7 +8,7 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from common import link_pb2
 from common.console import JsonFlag, Outcome, command, log_to_stderr
 from common.errors import UsageError
 from server.home import CoordinatorHome, HubHome
+
+if TYPE_CHECKING:
+    from server.desk import CoordinatorDesk
 
 hub = typer.Typer(help="Make a hub, admit hospitals, run the server.", no_args_is_help=True)
 study = typer.Typer(help="Submit, list, watch, abort and export studies.", no_args_is_help=True)
@@ -75,7 +78,7 @@ def admit(
             "hub.request", f"{request} cannot be read", remedy="Give the hospital's request.json."
         ) from error
     admission = admit_site(HubHome(home), data, now=datetime.now(UTC))
-    out.write_bytes(admission.to_bytes())
+    _write(out, admission.to_bytes())
     member = admission.member()
     text = (
         f"{admission.name} admitted as site {admission.id}; send {out} back to the hospital\n"
@@ -183,11 +186,22 @@ def export(
     """Write the model of a completed round as safetensors."""
     with _desk(as_) as desk:
         state = desk.export(desk.resolve(digest), round_)
-    out.write_bytes(state)
+    _write(out, state)
     return Outcome(f"{out}: {len(state)} bytes", {"out": str(out), "bytes": len(state)})
 
 
-def _desk(folder: Path):  # type: ignore[no-untyped-def]
+def _write(out: Path, data: bytes) -> None:
+    try:
+        out.write_bytes(data)
+    except OSError as error:
+        raise UsageError(
+            "output.file",
+            f"{out} cannot be written: {error.strerror}",
+            remedy="Name a file in a folder that exists, then run the same command again.",
+        ) from error
+
+
+def _desk(folder: Path) -> "CoordinatorDesk":
     from server.desk import CoordinatorDesk
 
     return CoordinatorDesk(CoordinatorHome(folder))

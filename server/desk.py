@@ -13,6 +13,8 @@ import grpc
 
 from common import link_pb2, link_pb2_grpc
 from common.errors import (
+    BudgetExhaustedError,
+    ContractError,
     FailureError,
     RefusedError,
     UnreachableError,
@@ -20,18 +22,32 @@ from common.errors import (
     VerificationError,
     WardroundError,
 )
-from common.identity import key_bytes, read_secret
+from common.identity import key_bytes
 from common.roster import Roster, SignedRoster
 from server.home import CoordinatorHome
 
 TIMEOUT_S: Final = 30.0
 BY_EXIT_CODE: Final[dict[int, type[WardroundError]]] = {
-    error.exit_code: error for error in (FailureError, UsageError, RefusedError, VerificationError)
+    error.exit_code: error
+    for error in (
+        FailureError,
+        UsageError,
+        RefusedError,
+        BudgetExhaustedError,
+        VerificationError,
+        UnreachableError,
+        ContractError,
+    )
 }
+SILENT: Final = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
 
 
 def _raised(error: grpc.RpcError, address: str) -> WardroundError:
-    code, details = error.code(), error.details() or ""  # type: ignore[attr-defined]
+    code, details = error.code(), error.details() or ""
     if code == grpc.StatusCode.FAILED_PRECONDITION:
         try:
             sent = json.loads(details)
@@ -39,6 +55,12 @@ def _raised(error: grpc.RpcError, address: str) -> WardroundError:
             return kind(str(sent["code"]), str(sent["problem"]), remedy=str(sent["remedy"]))
         except (ValueError, KeyError, TypeError):
             return FailureError("studies.error", "the hub answered with an error that cannot be read")
+    if code not in SILENT:
+        return FailureError(
+            "studies.error",
+            f"the hub at {address} failed ({code.name})",
+            remedy="See the hub's log; trying again does not help.",
+        )
     return UnreachableError(
         "studies.unreachable",
         f"the hub at {address} cannot be reached ({code.name})",
@@ -51,9 +73,7 @@ class CoordinatorDesk:
 
     def __init__(self, home: CoordinatorHome) -> None:
         self._settings = home.load_settings()
-        credentials = grpc.ssl_channel_credentials(
-            home.authority.read_bytes(), read_secret(home.tls_key), home.certificate.read_bytes()
-        )
+        credentials = grpc.ssl_channel_credentials(*home.load_credentials())
         self._channel = grpc.secure_channel(self._settings.hub, credentials)
         self._stub: Any = link_pb2_grpc.StudiesStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -104,7 +124,9 @@ class CoordinatorDesk:
         ]
         if len(found) != 1:
             raise UsageError(
-                "study.digest", f"{prefix!r} names {len(found)} studies", remedy="See 'wardround study list'."
+                "study.digest",
+                f"{prefix!r} names {len(found)} studies",
+                remedy="Give the digest or its first 6 or more digits, as 'wardround study list' shows it.",
             )
         return found[0]
 

@@ -12,10 +12,10 @@ from datetime import datetime
 from common import identity
 from common.certificates import Authority, Peer, new_tls_key_and_csr
 from common.enrolment import Admission, AdmissionRequest
-from common.errors import RefusedError, UsageError
+from common.errors import RefusedError, UsageError, VerificationError
 from common.roster import Member, Roster, SignedRoster
-from server.home import CoordinatorHome, HubHome
-from server.store import SiteRow, Store
+from server.home import CoordinatorHome, HubHome, HubSettings
+from server.store import SiteRow, Store, duplicate
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,29 +28,33 @@ class NewHub:
 
 
 def _hosts(address: str) -> tuple[str, ...]:
-    host = address.rpartition(":")[0].strip("[]")
+    host = address.rpartition(":")[0].strip("[]").lower()
     return tuple(dict.fromkeys((host, "localhost", "127.0.0.1")))
 
 
 def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> NewHub:
-    """Make the folder of a hub and of its first coordinator. Raises UsageError when it exists already."""
+    """Make the folder of a hub and of its first coordinator. Raises UsageError when it exists already or an
+    address is malformed; nothing is made then.
+    """
     if home.settings.exists():
         raise UsageError("hub.exists", f"{home.folder} holds a hub already", remedy="Choose a new folder.")
+    settings = HubSettings.create(listen=listen, address=address)
+    authority = Authority.create("wardround hub", now)
+    key_pem, csr_pem = new_tls_key_and_csr("hub")
+    certificate = authority.issue_server(csr_pem, _hosts(settings.address), now)
     for folder in (home.folder, home.server_key.parent, home.authority, home.coordinator):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    authority = Authority.create("wardround hub", now)
     authority.save(home.authority)
-    key_pem, csr_pem = new_tls_key_and_csr("hub")
     identity.write_secret(home.server_key, key_pem)
-    home.server_certificate.write_bytes(authority.issue_server(csr_pem, _hosts(address), now))
+    home.server_certificate.write_bytes(certificate)
     hub_key = identity.new_signing_key()
     identity.save_signing_key(home.hub_key, hub_key)
     hub_public = identity.public_key(hub_key)
     coordinator_key = _create_coordinator(home, authority, address, hub_public, now)
     Store.open(home.database).close()
     # The settings come last: a folder without them is not a hub, so a crash before this line loses nothing.
-    home.settings.write_text(f'listen = "{listen}"\naddress = "{address}"\n', encoding="utf-8")
-    home.load_settings()
+    text = f'listen = "{settings.listen}"\naddress = "{settings.address}"\n'
+    home.settings.write_text(text, encoding="utf-8")
     return NewHub(identity.key_text(hub_public), identity.fingerprint(hub_public), coordinator_key)
 
 
@@ -76,13 +80,23 @@ def roster_of(sites: Sequence[SiteRow]) -> Roster:
 
 
 def sign_roster(home: HubHome, sites: Sequence[SiteRow]) -> SignedRoster:
-    """The current roster under the hub's signature."""
+    """The current roster under the hub's signature. Raises RefusedError before the first admission."""
+    if not sites:
+        raise RefusedError(
+            "hub.no-sites",
+            "no hospital is admitted at this hub yet",
+            remedy="Admit one with 'wardround hub admit'.",
+        )
     return SignedRoster.create(roster_of(sites), identity.load_signing_key(home.hub_key))
 
 
 def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admission:
     """Verify a request, certify its TLS key, store the site and return what goes back to it.
 
+    The very request of an admitted site again gives its admission again, with a new certificate for the
+    same key, so that an admission that was lost on the way costs nothing.
+
+    Guarantee: the_roster_always_stands - no request is admitted that would make the next roster invalid.
     Raises: VerificationError for a bad request, RefusedError for a name or key that is known already.
     """
     settings = home.load_settings()
@@ -90,16 +104,21 @@ def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admissi
     authority = Authority.load(home.authority)
     store = Store.open(home.database)
     try:
-        site_id = store.next_site_id()
+        sites = store.sites()
+        known = next((row.id for row in sites if _is_of(row, request)), 0)
+        site_id = known or store.next_site_id()
         certificate = authority.issue_client(request.csr_pem, "site", site_id, request.name, now)
-        store.add_site(
-            site_id,
-            name=request.name,
-            protocol_key=request.protocol_key,
-            ledger_key=request.ledger_key,
-            tls_fingerprint=request.tls_fingerprint,
-            admitted=now.strftime("%Y-%m-%dT%H:%MZ"),
-        )
+        if not known:
+            row = SiteRow(
+                id=site_id,
+                name=request.name,
+                protocol_key=request.protocol_key,
+                ledger_key=request.ledger_key,
+                tls_fingerprint=request.tls_fingerprint,
+                admitted=now.strftime("%Y-%m-%dT%H:%MZ"),
+            )
+            _check_roster([*sites, row])
+            store.add_site(row)
         signed = sign_roster(home, store.sites())
     finally:
         store.close()
@@ -113,6 +132,19 @@ def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admissi
         roster=signed.data,
         roster_signature=signed.signature,
     )
+
+
+def _is_of(row: SiteRow, request: AdmissionRequest) -> bool:
+    stored = (row.name, row.protocol_key, row.ledger_key, row.tls_fingerprint)
+    return stored == (request.name, request.protocol_key, request.ledger_key, request.tls_fingerprint)
+
+
+def _check_roster(sites: Sequence[SiteRow]) -> None:
+    # The roster's rules are stricter than the table's: names in any case, a key in either role.
+    try:
+        roster_of(sites)
+    except VerificationError as error:
+        raise duplicate(sites[-1].name) from error
 
 
 def admitted(store: Store, peer: Peer) -> None:

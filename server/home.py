@@ -12,8 +12,10 @@ from typing import Annotated, Final, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import UsageError
+from common.identity import read_secret
 
 HIGHEST_PORT: Final = 65535
+COORDINATOR_REMEDY: Final = "Give --as the folder that 'hub init' made."
 
 
 def _port(text: str) -> str:
@@ -138,7 +140,20 @@ class CoordinatorHome:
 
     def load_settings(self) -> CoordinatorSettings:
         """Read ``coordinator.toml``. Raises UsageError."""
-        return _load(self.settings, CoordinatorSettings, "Give --as the folder that 'hub init' made.")
+        return _load(self.settings, CoordinatorSettings, COORDINATOR_REMEDY)
+
+    def load_credentials(self) -> tuple[bytes, bytes, bytes]:
+        """PEM of the hub's authority, the private key and the certificate of the connection.
+
+        Raises: UsageError for a missing file; RefusedError for a key that is open to others.
+        """
+        try:
+            authority, certificate = self.authority.read_bytes(), self.certificate.read_bytes()
+        except OSError as error:
+            raise UsageError(
+                "coordinator.files", f"{error.filename} is missing or unreadable", remedy=COORDINATOR_REMEDY
+            ) from error
+        return authority, read_secret(self.tls_key), certificate
 
 
 Model = TypeVar("Model", bound=BaseModel)

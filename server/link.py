@@ -170,7 +170,10 @@ class Link(link_pb2_grpc.LinkServicer):
         sink: Sink | None,
         deliver: Callable[[link_pb2.Envelope], None],
     ) -> None:
-        """Send a request now or when the site attaches; ``deliver`` is called once, from the link's thread."""
+        """Send a request now or when the site attaches.
+
+        ``deliver`` is called once, from the link's thread.
+        """
         pending = _Pending(node_id, envelope, attachment, sink, deliver)
         self._call(lambda: self._enqueue(pending))
 

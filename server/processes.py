@@ -36,7 +36,7 @@ def free_port() -> int:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back for a moment: a process that was started must be written down before we may be stopped."""
+    """Hold Ctrl-C back: a process that was started must be written down before we may be stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -141,18 +141,22 @@ class Processes:
 
     def json(self, *arguments: str) -> dict[str, Any]:
         """Run a command with ``--json`` and give its data. Raises FailureError with its message."""
-        result = subprocess.run(
-            [*COMMAND, *arguments, "--json"],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=COMMAND_TIMEOUT_S,
-            check=False,
-        )
-        if result.returncode != 0:
-            raise FailureError(
-                "process.failed",
-                f"'wardround {' '.join(arguments[:2])}' ended with {result.returncode}: {result.stderr.strip()}",
+        name = f"'wardround {' '.join(arguments[:2])}'"
+        try:
+            result = subprocess.run(
+                [*COMMAND, *arguments, "--json"],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                timeout=COMMAND_TIMEOUT_S,
+                check=False,
             )
+        except subprocess.TimeoutExpired as error:
+            raise FailureError(
+                "process.timeout", f"{name} gave no end in {COMMAND_TIMEOUT_S:.0f} s"
+            ) from error
+        if result.returncode != 0:
+            problem = f"{name} ended with {result.returncode}: {result.stderr.strip()}"
+            raise FailureError("process.failed", problem)
         data: dict[str, Any] = json.loads(result.stdout)["data"]
         return data

@@ -65,7 +65,7 @@ class _Uploads:
 
 
 class StudyRun:
-    """Runs one stored study over a Grid."""
+    """Runs one stored study over a Grid. ``clock`` gives seconds since 1970 UTC."""
 
     def __init__(
         self, home: HubHome, store: Store, grid: Grid, digest: str, clock: Callable[[], float] = time.time
@@ -111,6 +111,11 @@ class StudyRun:
         status = self._store.study(self._digest).status
         if status in ENDED:
             raise Ended("rounds.ended", f"the study is {status}")
+
+    def _unexpired(self) -> None:
+        expires = self._manifest.study.expires
+        if self._minute() >= expires:
+            raise RefusedError("rounds.expired", f"the study expired at {expires}")
 
     def _ask(
         self,
@@ -173,6 +178,7 @@ class StudyRun:
         decisions: dict[int, str] = {}
         while len(decisions) < len(self._names) or set(decisions.values()) != {"approved"}:
             self._continue()
+            self._unexpired()
             online = [
                 i for i in self._grid.get_node_ids() if i in self._names and decisions.get(i) != "approved"
             ]
@@ -230,6 +236,7 @@ class StudyRun:
         step = ServerStep(self._manifest.study.training.server)
         for number in range(1, self._manifest.study.training.rounds + 1):
             self._continue()
+            self._unexpired()
             started = time.monotonic()
             stored = state_bytes(state, layout)
             round_ = self._round(setup, number, stored, model_digest(state, layout))
@@ -293,18 +300,25 @@ class StudyRun:
 
     def _upload(self, round_: HubRound, cohort: records.Cohort, upload_s: float) -> None:
         """R2 and R3: payloads go to the accumulator as they arrive, or from the reply on other Grids."""
-        sink = _Uploads(round_)
-        streamed = isinstance(self._grid, GrpcGrid)
-        if isinstance(self._grid, GrpcGrid):
-            self._grid.sink = sink
         requests = [(i, self._request(messages.UPLOAD, cohort)) for i in cohort.ids]
-        for site, reply, chunks in self._ask(messages.UPLOAD, requests, upload_s + REPLY_MARGIN_S):
+        streaming = self._grid if isinstance(self._grid, GrpcGrid) else None
+        if streaming is not None:
+            streaming.sink = _Uploads(round_)
+        try:
+            answers = self._ask(messages.UPLOAD, requests, upload_s + REPLY_MARGIN_S)
+        finally:
+            if streaming is not None:
+                streaming.sink = None
+        for site, reply, chunks in answers:
             if not reply.available:
                 log.info("%s: unavailable", self._name(site))
-            elif not streamed:
-                sink.header(site, messages.encode_reply(reply))
-                for index, chunk in enumerate(chunks):
-                    sink.chunk(site, index, chunk)
+            elif streaming is None:
+                try:
+                    round_.on_upload(site, _only(reply.records, records.Upload))
+                    for index, chunk in enumerate(chunks):
+                        round_.on_chunk(site, index, chunk)
+                except WardroundError as error:
+                    log.warning("%s: refused: %s", self._name(site), error)
 
     def _tell(self, kind: Kind, sites: Iterable[int], *parts: Record) -> None:
         """Push a message whose reply nobody waits for."""

@@ -95,6 +95,15 @@ class Checkpoint:
     seconds: float
 
 
+def duplicate(name: str) -> RefusedError:
+    """The refusal of a second site with a name, a key or an id that is taken."""
+    return RefusedError(
+        "enrolment.duplicate",
+        f"a site with the id, the name or one of the keys of {name!r} is admitted already",
+        remedy="Make a fresh request with new keys and a name of its own.",
+    )
+
+
 class Store:
     """The hub's database. Every method is one transaction; rows come back detached."""
 
@@ -131,34 +140,14 @@ class Store:
         with self._session() as session:
             return (session.scalar(select(func.max(SiteRow.id))) or 0) + 1
 
-    def add_site(
-        self,
-        site_id: int,
-        *,
-        name: str,
-        protocol_key: bytes,
-        ledger_key: bytes,
-        tls_fingerprint: str,
-        admitted: str,
-    ) -> None:
+    def add_site(self, row: SiteRow) -> None:
         """Store an admitted site. Raises RefusedError when its id, name or a key is taken."""
-        row = SiteRow(
-            id=site_id,
-            name=name,
-            protocol_key=protocol_key,
-            ledger_key=ledger_key,
-            tls_fingerprint=tls_fingerprint,
-            admitted=admitted,
-        )
+        name = row.name
         try:
             with self._session() as session:
                 session.add(row)
         except IntegrityError as error:
-            raise RefusedError(
-                "enrolment.duplicate",
-                f"a site with the name or one of the keys of {name!r} is admitted already",
-                remedy="Make a fresh request with new keys and a name of its own.",
-            ) from error
+            raise duplicate(name) from error
 
     def sites(self) -> Sequence[SiteRow]:
         """All admitted sites, by id."""

@@ -177,15 +177,19 @@ class Studies(link_pb2_grpc.StudiesServicer):
         try:
             _authorise(context)
             self._desk.store.study(request.digest)
+            async for event in self._events(request.digest):
+                yield event
         except WardroundError as error:
             await _fail(context, error)
-            return
+
+    async def _events(self, digest: str) -> AsyncIterator[link_pb2.StudyEvent]:
+        store = self._desk.store
         last: link_pb2.StudyEvent | None = None
         shown = 0
         while True:
             # The status first: a round that is stored after it is then told in the next turn, never lost.
-            event = self._event(request.digest)
-            for row in self._desk.store.rounds(request.digest, after=shown):
+            event = self._event(digest)
+            for row in store.rounds(digest, after=shown):
                 shown = row.round
                 event.study.round = row.round
                 del event.cohort[:]
@@ -202,10 +206,7 @@ class Studies(link_pb2_grpc.StudiesServicer):
                 last = link_pb2.StudyEvent()
                 last.CopyFrom(event)
                 yield event
-            if (
-                event.study.status in ENDED
-                and event.study.round == self._desk.store.study(request.digest).round
-            ):
+            if event.study.status in ENDED and event.study.round == store.study(digest).round:
                 return
             await asyncio.sleep(WATCH_PERIOD_S)
 

@@ -2,7 +2,7 @@
 
 Source: DESIGN "A round, end to end", step 1. Rules: everything is checked here before it is sent, and
 again by the hub and by each hospital; the run id is 16 random bytes, never reused; with a token it is
-derived from it, so that handing the same file in twice is one study.
+derived from it and from all else in the manifest, so that handing the same file in twice is one study.
 """
 
 import os
@@ -40,14 +40,17 @@ def prepare(home: CoordinatorHome, path: Path, desk: CoordinatorDesk, token: str
             remedy="Admit the hospital first, or correct the name.",
         )
     key = identity.load_signing_key(home.signing_key)
-    run = digest("run", bytes.fromhex(token), text.encode())[:16] if token else os.urandom(16)
+    coordinator = identity.public_key(key)
+    # Everything else that the manifest states is in it: another manifest never has the same run id.
+    named = (bytes.fromhex(token), text.encode(), signed_roster.digest, desk.hub_key, coordinator)
+    run = digest("run", *named)[:16] if token else os.urandom(16)
     manifest = Manifest.model_validate(
         {
             "schema": 1,
             "run": run.hex(),
             "roster": signed_roster.digest.hex(),
             "hub": identity.key_text(desk.hub_key),
-            "coordinator": identity.key_text(identity.public_key(key)),
+            "coordinator": identity.key_text(coordinator),
             "members": tuple(
                 Party(id=i, name=name) for i, name in sorted((ids[n], n) for n in study.members)
             ),

@@ -1,4 +1,4 @@
-"""``make bench``: run the benchmarks named, print a table, write bench.json (name, value, unit, target, reached)."""
+"""``make bench``: run the benchmarks named, print a table, write bench.json."""
 
 import importlib
 import json
@@ -25,7 +25,9 @@ def main(names: list[str]) -> int:
         reached = {True: "yes", False: "NO", None: "-"}[result.reached]
         table.add_row(result.name, f"{result.value:.4g}", result.unit, result.target_text, reached)
     Console().print(table)
-    Path("bench.json").write_text(json.dumps([r.as_dict() for r in results], indent=1) + "\n", encoding="utf-8")
+    Path("bench.json").write_text(
+        json.dumps([r.as_dict() for r in results], indent=1) + "\n", encoding="utf-8"
+    )
     return 0
 
 

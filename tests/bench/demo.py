@@ -15,7 +15,17 @@ SEEDS = range(5)
 
 def _demo(seed: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "wardround", "demo", "--out", str(Path(name) / "d"), "--seed", str(seed), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "wardround",
+            "demo",
+            "--out",
+            str(Path(name) / "d"),
+            "--seed",
+            str(seed),
+            "--json",
+        ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     data: dict[str, object] = json.loads(result.stdout)["data"]
     return data

@@ -46,7 +46,14 @@ def _echo_federation() -> Iterator[GrpcGrid]:
                 credentials = pki.client(i, f"Site {i}")
                 (folder / f"{i}.key").write_bytes(credentials.key_pem)
                 (folder / f"{i}.pem").write_bytes(credentials.certificate_pem)
-                command = [sys.executable, "-m", "tests.bench.echo_agent", name, f"127.0.0.1:{link.port}", str(i)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "tests.bench.echo_agent",
+                    name,
+                    f"127.0.0.1:{link.port}",
+                    str(i),
+                ]
                 agents.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
             deadline = time.monotonic() + 30
             while len(link.online()) < AGENTS and time.monotonic() < deadline:
@@ -79,7 +86,7 @@ def link_round_trip() -> list[Result]:
 
 
 def secure_round() -> list[Result]:
-    """Charge, computation of one step on twenty patients, masks, upload, opening, checkpoint: all of a round."""
+    """All of a round: charge, one step on twenty patients, masks, upload, opening, checkpoint."""
     with tempfile.TemporaryDirectory() as name, Processes(Path(name) / "logs") as processes:
         federation = Federation(Path(name), processes, hospitals=AGENTS, epsilon=8.0)
         federation.start()

@@ -69,7 +69,7 @@ def test_a_whole_study_with_differential_privacy(tmp_path: Path, processes: Proc
 
 
 def plain_fedavg(study: Study, hospitals: int, patients: int) -> dict[str, np.ndarray]:
-    """FedAvg of full-batch softmax regression in float64, hospital by hospital, straight from the definition."""
+    """FedAvg of full-batch softmax regression in float64, straight from the definition."""
     weight, bias = np.zeros((2, 2)), np.zeros(2)
     for _ in range(study.training.rounds):
         moved = []
@@ -110,7 +110,7 @@ def test_without_dp_the_model_is_plain_fedavg(tmp_path: Path, processes: Process
     model = load_file(out)
     study = Study.from_toml((tmp_path / "small.toml").read_text())
     reference = plain_fedavg(study, 3, federation.patients)
-    # Nearest rounding moves each hospital's upload by at most half a step; the state is float32 between rounds.
+    # Nearest rounding moves an upload by at most half a step; the state is float32 between rounds.
     tolerance = study.training.rounds * (study.aggregation.codec.step + 2**-22)
     for name, expected in reference.items():
         assert np.abs(model[name] - expected).max() <= tolerance
@@ -125,7 +125,9 @@ def test_a_register_that_cannot_pay_refuses_to_approve(tmp_path: Path, processes
     digest = federation.submit(small_study(federation.names))
     federation.wait_for_offer(1, digest)
     home = str(federation.sites[0].folder)
-    running = processes.start("approve", "site", "approve", digest, "--home", home, "--yes", "--by", "t", "--json")
+    running = processes.start(
+        "approve", "site", "approve", digest, "--home", home, "--yes", "--by", "t", "--json"
+    )
     lines = list(running.lines(30))
     assert running.process.wait(10) == 4
     assert '"budget.exhausted"' in lines[-1]
@@ -186,7 +188,17 @@ def test_a_denial_ends_the_study(tmp_path: Path, processes: Processes) -> None:
     federation.wait_for_offer(2, digest)
     home = str(federation.sites[1].folder)
     processes.json(
-        "site", "approve", digest, "--home", home, "--deny", "--reason", "no legal basis", "--by", "t", "--yes"
+        "site",
+        "approve",
+        digest,
+        "--home",
+        home,
+        "--deny",
+        "--reason",
+        "no legal basis",
+        "--by",
+        "t",
+        "--yes",
     )
     last = federation.watch(digest)[-1]
     assert last["status"] == "denied"
@@ -228,7 +240,8 @@ def test_a_site_of_another_hub_never_attaches(tmp_path: Path, processes: Process
     settings.write_text(settings.read_text().replace(stranger.address, federation.address))
     agent = processes.start("stranger", "site", "run", "--home", str(stranger.sites[0].folder))
     federation.wait(
-        lambda: "cannot be reached" in (tmp_path / "logs" / "stranger.log").read_text(), "no refusal was logged"
+        lambda: "cannot be reached" in (tmp_path / "logs" / "stranger.log").read_text(),
+        "no refusal was logged",
     )
     assert agent.process.poll() is None
     assert "attached" not in (tmp_path / "logs" / "hub.log").read_text()

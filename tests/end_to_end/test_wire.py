@@ -1,7 +1,6 @@
 """What crosses the wire in a study with differential privacy: recorded at the hub, frame by frame."""
 
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,16 +102,22 @@ def test_the_gate_is_the_only_egress_on_the_wire(recorded: Federation) -> None:
         seen.add(reply.kind)
     assert seen == set(DECLARED_REPLIES)
     # Attachments belong to uploads alone, one for each site and round, each of the layout's exact length.
-    attached = [f.reply.message_type for _, f in RECORDED if f.WhichOneof("frame") == "reply" and f.reply.attachment_bytes]
+    attached = [
+        f.reply.message_type
+        for _, f in RECORDED
+        if f.WhichOneof("frame") == "reply" and f.reply.attachment_bytes
+    ]
     assert attached == [messages.UPLOAD.message_type] * 12
     layout = Layout(parameters=6, scalars=0, bits=32)
     assert [len(data) for _, data in payloads()] == [layout.payload_bytes] * 12
 
 
 def test_no_plain_update_crosses_the_wire(recorded: Federation) -> None:
-    # A plain update is at most range/step + 1 = 10^7 in absolute value; a masked word is uniform on 2^32, so it
-    # is that small with probability 0.0047. Of 84 words, 9 or more would be small once in 10^10 runs.
-    words = np.concatenate([np.frombuffer(data[: 7 * 4], dtype="<i4") for _, data in payloads()]).astype(np.int64)
+    # A plain update is at most range/step + 1 = 10^7 in absolute value; a masked word is uniform on 2^32, so
+    # it is that small with probability 0.0047. Of 84 words, 9 or more would be small once in 10^10 runs.
+    words = np.concatenate([np.frombuffer(data[: 7 * 4], dtype="<i4") for _, data in payloads()]).astype(
+        np.int64
+    )
     assert words.size == 84
     assert int((np.abs(words) <= 10_000_001).sum()) < 9
     # And no two payloads share a word, as they would if a mask were used twice on the same value.
