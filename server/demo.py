@@ -7,7 +7,6 @@ or an error; ``--seed`` reaches public randomness only (the split), never noise,
 """
 
 import json
-import shutil
 import tempfile
 import time
 import tomllib
@@ -48,6 +47,7 @@ NAMES: Final = (
 DELTA: Final = 1e-6
 STEP_TIMEOUT_S: Final = 60.0
 STUDY_TIMEOUT_S: Final = 300.0
+PARALLEL: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +105,24 @@ def _run(
     test, parts = split_rows(hospitals, seed)
     sites = [Site(NAMES[i], folder / "sites" / f"{i + 1}", rows) for i, rows in enumerate(parts)]
     with console.status("making keys, admitting hospitals"):
-        coordinator_key = _found(processes, folder, sites, epsilon)
+        _found(processes, folder, sites, epsilon)
     study, toml = _study(template, folder, sites, rounds, epsilon)
     with console.status("starting the hub and the agents"):
         _start(processes, folder, sites)
     submitted = processes.json("study", "submit", str(toml), "--as", str(folder / "hub" / "coordinator"))
     digest = str(submitted["digest"])
-    with console.status("each hospital reads the study and approves it"):
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            list(pool.map(lambda site: _approve(processes, site, digest), sites))
+    with (
+        console.status("each hospital reads the study and approves it"),
+        ThreadPoolExecutor(max_workers=PARALLEL) as pool,
+    ):
+        list(pool.map(lambda site: _approve(processes, site, digest), sites))
     history = _watch(processes, folder, console, digest, rounds)
     result = _result(processes, folder, sites, study, test, digest, history)
     result["seconds"] = round(time.monotonic() - started, 1)
-    del coordinator_key
     return Outcome(_summary(console, result, folder), result)
 
 
-def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float) -> str:
+def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float) -> None:
     """Make the hub and the hospitals and admit each; policies name the coordinator, the data and the cap."""
     port = free_port()
     hub = processes.json("hub", "init", "--home", str(folder / "hub"), "--address", f"127.0.0.1:{port}")
@@ -140,14 +141,13 @@ def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float
         policy["data"] = {"breast-cancer": {"source": f"csv:{table}"}}
         policy_path.write_text(tomli_w.dumps(policy), encoding="utf-8")
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
         list(pool.map(make, sites))
     for site in sites:
         processes.json(
             "hub", "admit", "--home", str(folder / "hub"), str(site.home / "request.json"),
             "--out", str(site.home / "admission.json"),
         )  # fmt: skip
-    return str(hub["coordinator_key"])
 
 
 def _study(
@@ -257,7 +257,7 @@ def _result(
     encoded = [study.contract.encode(site.rows.columns) for site in sites]
     local = [accuracy(*fit_logistic(x, y), x_test, y_test) for x, y in encoded]
     pooled = fit_logistic(np.concatenate([x for x, _ in encoded]), np.concatenate([y for _, y in encoded]))
-    with ThreadPoolExecutor(max_workers=2) as pool:
+    with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
         budgets = list(
             pool.map(lambda site: processes.json("site", "budget", "--home", str(site.home)), sites)
         )
@@ -293,7 +293,6 @@ def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
         )
     table.add_row("reference: all rows pooled, without privacy", f"{result['pooled_accuracy']:.3f}", "")
     console.print(table)
-    shutil.rmtree(folder / "logs", ignore_errors=True)
     return (
         f"model    {folder / 'model.safetensors'}\nmetrics  {folder / 'metrics.jsonl'}\n"
         f"seconds  {result['seconds']}"
