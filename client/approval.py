@@ -18,7 +18,6 @@ from common.errors import ContractError
 from common.identity import read_secret
 from common.privacy.filter import odometer
 from common.roster import Roster
-from common.run import read_study_document
 from common.study import DifferentialPrivacy, Manifest
 
 
@@ -73,17 +72,11 @@ class Review:
         aggregation, training = study.aggregation, study.training
         n, m = len(self.manifest.members), aggregation.minimum_hospitals
         lines = [
-            f"study        {study.name}",
-            f"purpose      {study.purpose}",
-            f"legal basis  {study.legal_basis}",
-            f"contact      {study.contact}",
-            f"coordinator  {self.manifest.coordinator}",
-            f"digest       {self.digest}",
+            *summary(self.manifest),
             f"data         {study.data} -> {self.source.source}",
             f"columns      {len(study.contract.columns)}, patient column {study.contract.patient!r}",
             f"model        {study.model.kind}, {self.admitted.dim} numbers",
             f"training     {training.rounds} rounds of {training.steps} steps, {training.mode}",
-            f"members      {', '.join(party.name for party in self.manifest.members)}",
             f"aggregation  n = {n}, t = {aggregation.colluders}, rho = {aggregation.rollbacks}, m = {m}, "
             f"n - m = {n - m}",
             f"expires      {study.expires}",
@@ -104,12 +97,29 @@ class Review:
         return "\n".join(lines)
 
 
+def summary(manifest: Manifest) -> list[str]:
+    """What a study says of itself, a line each."""
+    study = manifest.study
+    return [
+        f"study        {study.name}",
+        f"purpose      {study.purpose}",
+        f"legal basis  {study.legal_basis}",
+        f"contact      {study.contact}",
+        f"coordinator  {manifest.coordinator}",
+        f"digest       {manifest.digest.hex()}",
+        f"members      {', '.join(party.name for party in manifest.members)}",
+    ]
+
+
+def offered(site: SiteHome, guard: Guard, digest: str) -> tuple[Manifest, Roster]:
+    """A received study that verifies, whatever the policy says of it. Raises VerificationError."""
+    manifest, signed_roster = StudyFolder(site).read(bytes.fromhex(digest))
+    return manifest, guard.check_offer(manifest, signed_roster)
+
+
 def review(site: SiteHome, guard: Guard, digest: str) -> Review:
     """Read and check one received study. Raises what the guard's checks raise."""
-    man = bytes.fromhex(digest)
-    signed, signed_roster = read_study_document(StudyFolder(site).load(man))
-    manifest = signed.verify()
-    roster = guard.check_offer(manifest, signed_roster)
+    manifest, roster = offered(site, guard, digest)
     admitted = guard.check_runnable(manifest)
     private = isinstance(manifest.study.privacy, DifferentialPrivacy)
     planned = [guard.plan(admitted, i + 1) for i in range(manifest.study.training.rounds)]
@@ -123,5 +133,5 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
         rounds_left=guard.rounds_left(manifest, admitted) if private else None,
         planned_epsilon=odometer(planned, guard.cap.delta, "t"),
         guard=guard,
-        split_key=guard.split_key(read_secret(site.split_secret), man),
+        split_key=guard.split_key(read_secret(site.split_secret), manifest.digest),
     )

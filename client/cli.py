@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from client.approval import review
+from client.approval import offered, review, summary
 from client.guard import Guard
 from client.identity import SiteIdentity, create_site
 from client.state import SiteHome
@@ -72,20 +72,23 @@ def approve(
     try:
         if not digest:
             return _listing(site, guard)
-        found = review(site, guard, StudyFolder(site).resolve(digest))
+        full = StudyFolder(site).resolve(digest)
+        # A person may deny what the policy would refuse anyway, so that the coordinator learns of it.
+        manifest, roster = offered(site, guard, full)
+        text, data = "\n".join(summary(manifest)), {"digest": full, "name": manifest.study.name}
         if not deny:
+            found = review(site, guard, full)
             found.check_approvable()
+            text, data = found.text(), found.data()
         who = by or os.environ.get("USER", "")
         if not who:
             raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")
-        if not yes and (
-            as_json or not typer.confirm(f"{found.text()}\n\n{'Deny' if deny else 'Approve'} it?")
-        ):
+        if not yes and (as_json or not typer.confirm(f"{text}\n\n{'Deny' if deny else 'Approve'} it?")):
             raise UsageError("site.not-confirmed", "nothing was decided", remedy="Answer yes, or give --yes.")
         decision = "denied" if deny else "approved"
-        guard.decide(found.manifest, found.roster, decision, f"{who}: {reason or decision}")
-        text = "" if not yes else found.text() + "\n\n"
-        return Outcome(f"{text}{decision}: {found.digest}", {**found.data(), "decision": decision})
+        guard.decide(manifest, roster, decision, f"{who}: {reason or decision}")
+        shown = text + "\n\n" if yes else ""
+        return Outcome(f"{shown}{decision}: {full}", {**data, "decision": decision})
     finally:
         guard.close()
 
@@ -93,7 +96,7 @@ def approve(
 def _listing(site: SiteHome, guard: Guard) -> Outcome:
     studies: list[dict[str, Any]] = []
     for digest in StudyFolder(site).digests():
-        manifest = StudyFolder(site).manifest(digest)
+        manifest, _ = StudyFolder(site).read(bytes.fromhex(digest))
         decision = guard.decision(bytes.fromhex(digest)) or "received"
         studies.append({"digest": digest, "name": manifest.study.name, "decision": decision})
     lines = [f"{entry['digest'][:12]}  {entry['decision']:<9} {entry['name']}" for entry in studies]

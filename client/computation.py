@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from client.frames import read_frame, write_frame
 from client.settings import DataSource
-from common.errors import ContractError, FailureError
+from common.errors import ContractError, FailureError, WardroundError
 
 log = logging.getLogger("wardround.site.worker")
 
@@ -55,10 +55,16 @@ class Computation:
         """Have a worker with the rows loaded. Raises ContractError or FailureError."""
         self.warm()
         with self._lock:
-            if not self._prepared:
+            if self._prepared:
+                return
+            try:
                 self._greet()
                 self._ask(self._header, self._manifest_bytes)
-                self._prepared = True
+            except BaseException:
+                # It has greeted already: only a fresh one can be started again.
+                self.end()
+                raise
+            self._prepared = True
 
     def _spawn(self) -> "subprocess.Popen[bytes]":
         environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
@@ -87,9 +93,11 @@ class Computation:
         try:
             write_frame(process.stdin, header, blob)
             frame = read_frame(process.stdout)
-        except (BrokenPipeError, ConnectionError) as error:
+        except (OSError, ValueError, WardroundError) as error:
+            self.end()
             raise FailureError("worker.died", "the worker process died") from error
         if frame is None:
+            self.end()
             raise FailureError("worker.died", "the worker process died")
         reply, result = frame
         if reply.get("status") != "ok":
@@ -99,14 +107,27 @@ class Computation:
             raise kind(code, f"the worker could not do it ({code}{': ' + places if places else ''})")
         return result
 
-    def compute(self, state: bytes, dim: int) -> NDArray[np.int64]:
-        """The integers of one round's release, int64 [dim]. ``state`` is a safetensors file."""
-        self.start()
-        with self._lock:
-            result = self._ask({"op": "compute"}, state)
+    def compute(self, state: bytes, dim: int, timeout_s: float) -> NDArray[np.int64]:
+        """The integers of one round's release, int64 [dim]. ``state`` is a safetensors file.
+
+        Guarantee: an_overrun_is_killed - a worker that takes longer than ``timeout_s`` is a dead one.
+        """
+        timer = threading.Timer(timeout_s, self._kill)
+        timer.start()
+        try:
+            self.start()
+            with self._lock:
+                result = self._ask({"op": "compute"}, state)
+        finally:
+            timer.cancel()
         if len(result) != 8 * dim:
             raise FailureError("worker.result", "the worker's result has another length than the model")
         return np.frombuffer(result, dtype="<i8").astype(np.int64)
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def end(self) -> None:
         """Kill the worker. Safe at any moment, from any thread."""

@@ -56,7 +56,11 @@ class Guard:
         self.register_id = register.id
         self._actor = key_text(public_key(identity.ledger_key))
         self._ledger = Ledger.open(home.ledger, identity.ledger_key, clock=now)
-        self._open_register(register)
+        try:
+            self._open_register(register)
+        except BaseException:
+            self._ledger.close()
+            raise
 
     def close(self) -> None:
         """Close the ledger's file."""
@@ -117,6 +121,14 @@ class Guard:
             and not rules.allow_studies_without_differential_privacy
         ):
             raise RefusedError("policy.no-dp", "the policy forbids studies without differential privacy")
+        everyone = study.aggregation.minimum_hospitals == len(study.members)
+        if isinstance(study.privacy, NoDifferentialPrivacy) and not everyone:
+            # PROTOCOL I12: two cohorts that differ by one hospital would give away that hospital's sum.
+            raise RefusedError(
+                "guard.no-dp-cohort",
+                "a study without differential privacy must have all of its members in every round",
+                remedy="Ask the coordinator for one whose minimum_hospitals is the number of its members.",
+            )
         if study.aggregation.minimum_hospitals < rules.minimum_hospitals:
             raise RefusedError(
                 "policy.minimum-hospitals",
@@ -176,14 +188,15 @@ class Guard:
         Raises: BudgetExhaustedError saying how many such rounds are left.
         """
         event = self.plan(admitted, round_number)
-        history = self._charged(self._ledger.entries())
+        entries = self._ledger.entries()
+        cap, history = self._cap(entries), self._charged(entries)
         if event.kind == "no_dp":
             return
         if rounds == 1:
-            if not admits(history, event, self.cap).admitted:
+            if not admits(history, event, cap).admitted:
                 raise self._exhausted(0, 1)
             return
-        left = rounds_left(history, event, self.cap)
+        left = rounds_left(history, event, cap)
         if left < rounds:
             raise self._exhausted(left, rounds)
 
@@ -195,12 +208,12 @@ class Guard:
         event = self.plan(admitted, round_number)
 
         def decide(entries: Sequence[Entry]) -> Charge:
-            history = self._charged(entries)
+            cap, history = self._cap(entries), self._charged(entries)
             if any(
                 (past.manifest_digest, past.round) == (event.manifest_digest, event.round) for past in history
             ):
                 raise RefusedError("guard.round-charged", "this round has been charged before")
-            if event.kind != "no_dp" and not admits(history, event, self._cap(entries)).admitted:
+            if event.kind != "no_dp" and not admits(history, event, cap).admitted:
                 raise self._exhausted(0, 1)
             return Charge(actor=self._actor, event=event.to_fields())
 
@@ -297,20 +310,26 @@ class Guard:
 
     def _open_register(self, register: Register) -> None:
         """Write the register's first entry, once, with the caps of the policy."""
-        entries = self._ledger.entries()
-        if self._opened(entries) is not None:
-            return
-        if entries:
-            raise RefusedError(
-                "guard.register", "the policy names a register that this ledger never opened",
-                remedy="Restore register.id in policy.toml; a new register needs a new site.",
-            )  # fmt: skip
-        self._ledger.append(
-            Opened(
-                actor=self._actor,
-                register_id=register.id,
-                epsilon_t=text_of(register.epsilon_t),
-                epsilon_w=text_of(register.epsilon_w),
-                delta=text_of(register.delta),
-            )
+        first = Opened(
+            actor=self._actor,
+            register_id=register.id,
+            epsilon_t=text_of(register.epsilon_t),
+            epsilon_w=text_of(register.epsilon_w),
+            delta=text_of(register.delta),
         )
+
+        def decide(entries: Sequence[Entry]) -> Opened:
+            if self._opened(entries) is None and entries:
+                raise RefusedError(
+                    "guard.register", "the policy names a register that this ledger never opened",
+                    remedy="Restore register.id in policy.toml; a new register needs a new site.",
+                )  # fmt: skip
+            return first
+
+        if self._opened(self._ledger.entries()) is None:
+            try:
+                self._ledger.append_if(decide)
+            except RefusedError:
+                # Another process may have opened it between the look and the lock.
+                if self._opened(self._ledger.entries()) is None:
+                    raise

@@ -74,9 +74,16 @@ class SiteIdentity:
             raise RefusedError(
                 "site.not-admitted",
                 f"{home.admission} is missing: this site is not admitted yet",
-                remedy="Send request.json to the coordinator and put the admission that comes back in its place.",
+                remedy="Send request.json to the coordinator and put the admission that comes back there.",
             ) from error
-        request = AdmissionRequest.from_bytes(home.request.read_bytes())
+        try:
+            request = AdmissionRequest.from_bytes(home.request.read_bytes())
+        except FileNotFoundError as error:
+            raise RefusedError(
+                "site.no-request",
+                f"{home.request} is missing: the admission cannot be checked without it",
+                remedy="Restore the whole folder, or make a new site and have it admitted.",
+            ) from error
         admission.check_answers(request)
         tls_key_pem = identity.read_secret(home.tls_key)
         protocol_key = identity.load_signing_key(home.protocol_key)

@@ -72,6 +72,9 @@ class Participation:
         self._studies = StudyFolder(home)
         self._run_file = RunFile(home.runs)
         self._runs: dict[bytes, _Run] = {}
+        for man in self._run_file.runs():
+            if self._expired(man):
+                self._erase(man)
 
     def close(self) -> None:
         """End the workers and close the files; secrets of running studies stay in the run file."""
@@ -87,6 +90,9 @@ class Participation:
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._clock(), UTC)
+
+    def _minute(self) -> str:
+        return self._now().strftime("%Y-%m-%dT%H:%MZ")
 
     def answer(
         self, message_type: str, body: bytes, attachment: Sequence[bytes]
@@ -163,9 +169,22 @@ class Participation:
         return Reply(request.kind, True, (), decision or "received")
 
     def _run(self, man: bytes) -> _Run:
-        """The running study of a manifest digest, begun or restored. Raises RefusedError unless approved."""
-        if man in self._runs:
-            return self._runs[man]
+        """The running study of a manifest digest, begun or restored.
+
+        Guarantee: a_decision_acts_at_once - a study denied while it runs is answered no more.
+        Guarantee: an_expired_run_is_erased - at start, and at the first request after the expiry.
+        Raises: RefusedError unless it is approved now.
+        """
+        if self._guard.decision(man) != "approved":
+            raise RefusedError("participation.approval", "the study is not approved here")
+        run = self._runs.get(man) or self._begin(man)
+        if run.site.expire(self._minute()):
+            run.computation.end()
+            raise RefusedError("participation.closed", "this run is closed at this hospital")
+        self._runs[man] = run
+        return run
+
+    def _begin(self, man: bytes) -> _Run:
         manifest, roster = self._approved(man)
         admitted = self._guard.check_runnable(manifest)
         params = run_params(manifest, admitted, roster, self.identity.id)
@@ -186,13 +205,11 @@ class Participation:
             site = Site.restore(
                 params,
                 RunState.from_bytes(stored),
-                now=self._now().strftime("%Y-%m-%dT%H:%MZ"),
+                now=self._minute(),
                 charged_round=charged_round,
                 **arguments,  # type: ignore[arg-type]
             )
-        if site.closed:
-            raise RefusedError("participation.closed", "this run is closed at this hospital")
-        run = _Run(
+        return _Run(
             manifest,
             params,
             site,
@@ -202,18 +219,9 @@ class Participation:
                 self._guard.split_key(self.identity.split_secret, man),
             ),
         )
-        self._runs[man] = run
-        return run
 
     def _approved(self, man: bytes) -> tuple[Manifest, Roster]:
-        if self._guard.decision(man) != "approved":
-            raise RefusedError("participation.approval", "the study is not approved here")
-        signed, signed_roster = read_study_document(self._studies.load(man))
-        manifest = signed.verify()
-        if manifest.digest != man:
-            raise VerificationError(
-                "participation.changed", "the stored study has changed since it was approved"
-            )
+        manifest, signed_roster = self._studies.read(man)
         roster = self._guard.check_offer(manifest, signed_roster)
         self._guard.check_pins(manifest, roster)
         return manifest, roster
@@ -240,9 +248,10 @@ class Participation:
         site.on_round_start(start)
         self._guard.charge(manifest, admitted, start.round)
         log.info("study %s: round %d charged", manifest.digest.hex()[:12], start.round)
-        q = run.computation.compute(state_file, admitted.dim)
+        left_s = min(start.deadline - self._clock(), manifest.study.aggregation.deadline_s)
+        q = run.computation.compute(state_file, admitted.dim, left_s)
         ready = site.ready(q, np.zeros(0, dtype=np.int64), digest)
-        # A fixed time hides how long the computation took; with ready_s = 0 reports list timing as not covered.
+        # A fixed time hides how long the computation took; with ready_s = 0 reports say it is not covered.
         time.sleep(max(0.0, began + manifest.study.aggregation.ready_s - self._clock()))
         return ready
 
@@ -260,14 +269,33 @@ class Participation:
         log.info("study %s: round %d ended", run.manifest.digest.hex()[:12], run.site.round)
 
     def _end(self, request: Request) -> Reply:
-        """Close the run: erase its secrets, end its worker."""
+        """Close the run: end its worker, erase its secrets.
+
+        Guarantee: closing_erases_the_run - also one that this process has not touched since it started.
+        """
         run = self._runs.pop(request.man, None)
         if run is not None:
-            run.site.close()
             run.computation.end()
+            run.site.close()
+        if run is not None or self._erase(request.man):
             self.closed += 1
             log.info("study %s: closed, its secrets are erased", request.man.hex()[:12])
         return Reply(request.kind)
+
+    def _expired(self, man: bytes) -> bool:
+        try:
+            manifest, _ = self._studies.read(man)
+        except WardroundError:
+            return False
+        return self._minute() >= manifest.study.expires
+
+    def _erase(self, man: bytes) -> bool:
+        """Overwrite a stored run by a closed one, readable or not; false when there is nothing to erase."""
+        closed = RunState(man, self.identity.id, closed=True).to_bytes()
+        if self._run_file.load(man) in (None, closed):
+            return False
+        self._run_file.save(man, closed)
+        return True
 
 
 def _first(found: tuple[Record, ...], kind: type[R]) -> R:

@@ -115,6 +115,12 @@ def load(path: Path, model: type[Model]) -> Model:
         raise UsageError(
             "settings.missing", f"{path} is missing", remedy="Run 'wardround site init' in a new folder."
         ) from error
+    except OSError as error:
+        raise UsageError(
+            "settings.unreadable",
+            f"{path} cannot be read: {error.strerror}",
+            remedy="Check that it is a file which the agent's account may read.",
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             "settings.toml", f"{path} is not valid TOML: {error}", remedy="Correct that line."
@@ -159,23 +165,23 @@ max_round_minutes = 60
 # source = "csv:/srv/wardround/readmissions.csv"
 """
 
-_NAME = re.compile(r"^[A-Za-z0-9 .'_-]{1,64}$")
+_NAME: Final = re.compile(r"[A-Za-z0-9 .'_-]{1,64}")
 
 
 def new_files(name: str, hub: str, register_id: str) -> dict[str, str]:
     """The two files of a new site. Raises UsageError when the name or the address is malformed."""
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise UsageError(
             "site.name", f"{name!r} is not a site name", remedy="Use 1-64 letters, digits, spaces and . ' _ -"
         )
-    files = {
-        "site.toml": SITE_TEMPLATE.format(name=name, hub=hub),
-        "policy.toml": POLICY_TEMPLATE.format(register_id=register_id),
-    }
+    # Before they stand in a file: neither may hold what TOML would read otherwise.
     try:
-        SiteSettings.model_validate(tomllib.loads(files["site.toml"]))
+        SiteSettings(name=name, hub=hub)
     except ValidationError as error:
         raise UsageError(
             "site.hub", f"{hub!r} is not an address", remedy="Give host:port, as the coordinator sent it."
         ) from error
-    return files
+    return {
+        "site.toml": SITE_TEMPLATE.format(name=name, hub=hub),
+        "policy.toml": POLICY_TEMPLATE.format(register_id=register_id),
+    }

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from common.errors import RefusedError, UsageError
+from common.errors import RefusedError, UsageError, VerificationError
 
 RUN_SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS runs (man BLOB PRIMARY KEY, state BLOB NOT NULL) STRICT;
 """
+PRAGMAS: Final = ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,9 @@ class SiteHome:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the site's lock: one live agent. Raises RefusedError when another process holds it."""
-        descriptor = os.open(self.folder / "run" / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        # Not part of a backup, so a restored folder comes without it.
+        self.runs.parent.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.runs.parent / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,11 +146,25 @@ class RunFile:
     """
 
     def __init__(self, path: Path) -> None:
+        """Open or make the file. Raises VerificationError when it is damaged."""
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY"):
-            self._connection.execute(f"PRAGMA {pragma}").fetchall()
-        self._connection.executescript(RUN_SCHEMA)
+        try:
+            for pragma in PRAGMAS:
+                self._connection.execute(f"PRAGMA {pragma}").fetchall()
+            self._connection.executescript(RUN_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise VerificationError(
+                "state.run-file",
+                f"{path} cannot be used: {error}",
+                remedy="End every other agent; if it is damaged, remove it: its studies stay closed here.",
+            ) from error
+
+    def runs(self) -> tuple[bytes, ...]:
+        """Manifest digests of all runs that have a state, open or closed."""
+        return tuple(bytes(row[0]) for row in self._connection.execute("SELECT man FROM runs ORDER BY man"))
 
     def load(self, man: bytes) -> bytes | None:
         """The state of a run, or None when there is none."""
@@ -159,7 +176,8 @@ class RunFile:
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute(
-                "INSERT INTO runs (man, state) VALUES (?, ?) ON CONFLICT (man) DO UPDATE SET state = excluded.state",
+                "INSERT INTO runs (man, state) VALUES (?, ?) "
+                "ON CONFLICT (man) DO UPDATE SET state = excluded.state",
                 (man, state),
             )
 

@@ -8,7 +8,9 @@ import re
 from typing import Final
 
 from client.state import SiteHome, write_durable
-from common.errors import RefusedError, UsageError
+from common.encoding import digest
+from common.errors import RefusedError, UsageError, VerificationError
+from common.roster import SignedRoster
 from common.run import read_study_document
 from common.study import Manifest
 
@@ -48,14 +50,24 @@ class StudyFolder:
         folder = self._home.study("0").parent
         return sorted(path.stem for path in folder.glob("*.study") if _DIGEST.fullmatch(path.stem))
 
-    def manifest(self, digest: str) -> Manifest:
-        """The verified manifest of a kept study."""
-        signed, _ = read_study_document(self.load(bytes.fromhex(digest)))
-        return signed.verify()
+    def read(self, man: bytes) -> tuple[Manifest, SignedRoster]:
+        """The verified manifest of a kept study, and its roster, which nobody has verified yet.
+
+        Guarantee: a_replaced_file_is_refused - also by another study that is signed as well.
+        Raises: RefusedError when the study never arrived; VerificationError.
+        """
+        signed, roster = read_study_document(self.load(man))
+        if digest("manifest", signed.manifest_bytes) != man:
+            raise VerificationError(
+                "studies.changed",
+                f"the file of study {man.hex()[:12]} holds another study",
+                remedy="Remove that file; the hub sends the study again.",
+            )
+        return signed.verify(), roster
 
     def resolve(self, prefix: str) -> str:
         """The full digest behind its first 6 or more digits. Raises UsageError."""
-        found = [digest for digest in self.digests() if len(prefix) >= 6 and digest.startswith(prefix)]
+        found = [name for name in self.digests() if len(prefix) >= 6 and name.startswith(prefix)]
         if len(found) != 1:
             raise UsageError(
                 "site.digest",

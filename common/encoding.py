@@ -17,6 +17,7 @@ from common.errors import VerificationError
 
 PREFIX = "wardround/v1/"
 DIGEST_SIZE_BYTES = 32
+LARGEST_INTEGER = (1 << 53) - 1
 
 
 def u8(value: int) -> bytes:
@@ -99,16 +100,23 @@ def canonical_json(value: Any) -> bytes:
 def parse_canonical_json(data: bytes, what: str) -> Any:
     """Parse bytes that must be exactly the RFC 8785 form of their value.
 
+    Whole numbers from 2^53 on are read as floats, which is what canonical_json can have written there.
+
     Guarantee: only_canonical_json_is_read - duplicate keys, NaN, white space, other key orders and
     other number forms are refused, because re-encoding would not give the same bytes.
 
     Raises: VerificationError naming ``what``.
     """
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), parse_int=_number)
         same = rfc8785.dumps(value) == data
     except (ValueError, RecursionError, rfc8785.CanonicalizationError) as error:
         raise VerificationError("encoding.json", f"{what} is not valid JSON") from error
     if not same:
         raise VerificationError("encoding.not-canonical", f"{what} is not in RFC 8785 canonical form")
     return value
+
+
+def _number(text: str) -> int | float:
+    value = int(text)
+    return value if abs(value) <= LARGEST_INTEGER else float(text)

@@ -35,8 +35,8 @@ class HubSettings(BaseModel):
     """``hub.toml``: where the hub listens and under which address sites and coordinators dial it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    listen: Listen
     address: Address
+    listen: Listen
 
     @classmethod
     def create(cls, *, listen: str, address: str) -> Self:
@@ -48,7 +48,7 @@ class HubSettings(BaseModel):
             value = listen if name == "listen" else address
             raise UsageError(
                 f"hub.{name}",
-                f"the {name} {value!r} is not host:port",
+                f"--{name} {value!r} is not host:port",
                 remedy="Give a host name or an address (IPv6 in brackets), a colon and a port up to 65535.",
             ) from error
 

@@ -5,6 +5,7 @@ one transaction; nothing here is secret and nothing here depends on a single hos
 """
 
 import json
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from sqlalchemy import LargeBinary, create_engine, event, func, select
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, defer, mapped_column
 
@@ -105,10 +106,15 @@ def duplicate(name: str) -> RefusedError:
 
 
 class Store:
-    """The hub's database. Every method is one transaction; rows come back detached."""
+    """The hub's database. Every method is one transaction; rows come back detached.
+
+    Guarantee: writers_see_what_they_change - what a method reads before it writes cannot change in between,
+    also when another thread or process writes.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._writer = engine.execution_options(begin="BEGIN IMMEDIATE")
         Base.metadata.create_all(engine)
 
     @classmethod
@@ -117,12 +123,18 @@ class Store:
         engine = create_engine(f"sqlite:///{path}")
 
         @event.listens_for(engine, "connect")
-        def configure(connection: object, _record: object) -> None:
-            cursor = connection.cursor()  # type: ignore[attr-defined]
+        def configure(connection: sqlite3.Connection, _record: object) -> None:
+            # The driver would begin a transaction at the first write only, after what was read before it.
+            connection.isolation_level = None
+            cursor = connection.cursor()
             cursor.execute("PRAGMA journal_mode=WAL")
             cursor.execute("PRAGMA synchronous=FULL")
             cursor.execute("PRAGMA busy_timeout=10000")
             cursor.close()
+
+        @event.listens_for(engine, "begin")
+        def begin(connection: Connection) -> None:
+            connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
 
         return cls(engine)
 
@@ -131,37 +143,42 @@ class Store:
         self._engine.dispose()
 
     @contextmanager
-    def _session(self) -> Iterator[Session]:
+    def _reading(self) -> Iterator[Session]:
         with Session(self._engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def _writing(self) -> Iterator[Session]:
+        with Session(self._writer, expire_on_commit=False) as session, session.begin():
             yield session
 
     def next_site_id(self) -> int:
         """The id the next admitted site will have, from 1."""
-        with self._session() as session:
+        with self._reading() as session:
             return (session.scalar(select(func.max(SiteRow.id))) or 0) + 1
 
     def add_site(self, row: SiteRow) -> None:
         """Store an admitted site. Raises RefusedError when its id, name or a key is taken."""
         name = row.name
         try:
-            with self._session() as session:
+            with self._writing() as session:
                 session.add(row)
         except IntegrityError as error:
             raise duplicate(name) from error
 
     def sites(self) -> Sequence[SiteRow]:
         """All admitted sites, by id."""
-        with self._session() as session:
+        with self._reading() as session:
             return session.scalars(select(SiteRow).order_by(SiteRow.id)).all()
 
     def site(self, site_id: int) -> SiteRow | None:
         """One site, or None."""
-        with self._session() as session:
+        with self._reading() as session:
             return session.get(SiteRow, site_id)
 
     def add_study(self, row: StudyRow) -> bool:
         """Store a study; false when this digest is there already (submitting twice changes nothing)."""
-        with self._session() as session:
+        with self._writing() as session:
             if session.get(StudyRow, row.digest) is not None:
                 return False
             row.number = (session.scalar(select(func.max(StudyRow.number))) or 0) + 1
@@ -170,7 +187,7 @@ class Store:
 
     def study(self, digest: str) -> StudyRow:
         """One study. Raises RefusedError when the digest is unknown."""
-        with self._session() as session:
+        with self._reading() as session:
             row = session.get(StudyRow, digest)
         if row is None:
             raise RefusedError(
@@ -180,26 +197,26 @@ class Store:
 
     def studies(self) -> Sequence[StudyRow]:
         """All studies in the order of submission."""
-        with self._session() as session:
+        with self._reading() as session:
             return session.scalars(select(StudyRow).order_by(StudyRow.number)).all()
 
     def set_status(self, digest: str, status: str, detail: str = "") -> None:
         """Change a study's status unless it has ended: an ended study stays as it is."""
-        with self._session() as session:
+        with self._writing() as session:
             row = session.get_one(StudyRow, digest)
             if row.status not in ENDED:
                 row.status, row.detail = status, detail
 
     def set_decisions(self, digest: str, decisions: dict[int, str]) -> None:
         """Remember what each site has declared."""
-        with self._session() as session:
+        with self._writing() as session:
             session.get_one(StudyRow, digest).decisions = json.dumps(
                 {str(k): v for k, v in sorted(decisions.items())}
             )
 
     def add_round(self, digest: str, checkpoint: Checkpoint) -> None:
         """Store a completed round and move the study's counter, in one transaction."""
-        with self._session() as session:
+        with self._writing() as session:
             session.add(
                 RoundRow(
                     study=digest,
@@ -217,7 +234,7 @@ class Store:
 
     def rounds(self, digest: str, after: int = 0) -> Sequence[RoundRow]:
         """The completed rounds of a study past round ``after``, in order, without their models."""
-        with self._session() as session:
+        with self._reading() as session:
             return session.scalars(
                 select(RoundRow)
                 .where(RoundRow.study == digest, RoundRow.round > after)
@@ -230,7 +247,7 @@ class Store:
         query = select(RoundRow).where(RoundRow.study == digest).order_by(RoundRow.round.desc()).limit(1)
         if round_number:
             query = query.where(RoundRow.round == round_number)
-        with self._session() as session:
+        with self._reading() as session:
             row = session.scalars(query).one_or_none()
         if row is None:
             raise RefusedError(

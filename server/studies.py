@@ -206,7 +206,7 @@ class Studies(link_pb2_grpc.StudiesServicer):
                 last = link_pb2.StudyEvent()
                 last.CopyFrom(event)
                 yield event
-            if event.study.status in ENDED and event.study.round == store.study(digest).round:
+            if event.study.status in ENDED:
                 return
             await asyncio.sleep(WATCH_PERIOD_S)
 

@@ -1,0 +1,282 @@
+"""Transcripts of ``wardround site …``: what is printed, in text and JSON, and how each command ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from client.cli import app
+from client.state import SiteHome
+from common.ledger.entries import Approval
+from tests.client.federation import ADDRESS, Federation
+from tests.federation import extract_rows
+
+CANARY = "Zq7canary"
+
+
+def run(*arguments: str | Path, answer: str = "") -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=answer)
+    # Whatever happens, a person sees a sentence and never a traceback.
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def data(*arguments: str | Path, code: int = 0, status: str = "ok") -> dict[str, Any]:
+    """The envelope of a command with --json, checked; its data."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == code, result.output
+    (line,) = result.stdout.splitlines()
+    envelope = json.loads(line)
+    assert set(envelope) == {"schema", "status", "code", "data", "hint"}
+    assert (envelope["schema"], envelope["status"]) == (1, status)
+    if status == "ok":
+        assert envelope["code"] == "ok"
+    else:
+        assert f"[{envelope['code']}]" in result.stderr
+    found = envelope["data"]
+    assert isinstance(found, dict)
+    return found | ({"code": envelope["code"], "hint": envelope["hint"]} if status == "error" else {})
+
+
+def failure(*arguments: str | Path, code: int) -> dict[str, Any]:
+    """A command that fails: the same code in text and in JSON, and a remedy or a clear problem."""
+    text = run(*arguments)
+    assert text.exit_code == code, text.output
+    assert text.stdout == ""
+    assert text.stderr.startswith("error: ")
+    envelope = data(*arguments, code=code, status="error")
+    assert f"[{envelope['code']}]" in text.stderr
+    return envelope
+
+
+def decisions(federation: Federation) -> list[tuple[str, str]]:
+    return [(e.decision, e.reason) for e in federation.entries(1) if isinstance(e, Approval)]
+
+
+@pytest.fixture
+def home(federation: Federation) -> Path:
+    return federation.sites[1].folder
+
+
+# -- init ------------------------------------------------------------------------------------------------
+
+
+def test_init_tells_the_next_steps(tmp_path: Path) -> None:
+    result = run("init", "--home", tmp_path / "a", "--name", "St. Mary", "--hub", ADDRESS)
+    assert result.exit_code == 0
+    for step in ("1. send", "2. put", "3. edit", "4. wardround site run"):
+        assert step in result.stdout
+    made = data("init", "--home", tmp_path / "b", "--name", "St. Mary", "--hub", ADDRESS)
+    assert set(made) == {"request", "policy", "fingerprint"}
+    assert Path(made["request"]).exists()
+    assert SiteHome(tmp_path / "b").policy == Path(made["policy"])
+    assert made["fingerprint"] not in result.stdout
+
+
+def test_init_refuses_what_is_malformed_or_there_already(tmp_path: Path) -> None:
+    site = ("init", "--home", tmp_path / "site")
+    assert failure(*site, "--name", 'a"b', "--hub", ADDRESS, code=2)["code"] == "site.name"
+    assert failure(*site, "--name", "St. Mary", "--hub", "nowhere", code=2)["code"] == "site.hub"
+    assert run(*site, "--name", "St. Mary").exit_code == 2
+    assert not (tmp_path / "site").exists()
+    run(*site, "--name", "St. Mary", "--hub", ADDRESS)
+    assert failure(*site, "--name", "St. Mary", "--hub", ADDRESS, code=2)["code"] == "site.exists"
+
+
+# -- before and after admission --------------------------------------------------------------------------
+
+
+def test_a_site_that_is_not_admitted_yet_is_told_so(tmp_path: Path) -> None:
+    run("init", "--home", tmp_path, "--name", "St. Mary", "--hub", ADDRESS)
+    for command in ("approve", "budget"):
+        assert failure(command, "--home", tmp_path, code=3)["code"] == "site.not-admitted"
+
+
+def test_a_folder_that_is_no_site_is_a_usage_error(tmp_path: Path) -> None:
+    for command in ("approve", "budget"):
+        assert failure(command, "--home", tmp_path, code=2)["code"] == "settings.missing"
+
+
+def test_foreign_keys_fail_verification(federation: Federation, home: Path) -> None:
+    federation.sites[1].ledger_key.write_bytes(federation.sites[2].ledger_key.read_bytes())
+    assert failure("budget", "--home", home, code=5)["code"] == "site.foreign-keys"
+
+
+def test_a_second_agent_on_a_folder_is_refused(
+    federation: Federation, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.cli.log_to_stderr", lambda: None)
+    with federation.sites[1].locked():
+        assert failure("run", "--home", home, code=3)["code"] == "site.locked"
+
+
+# -- approve ---------------------------------------------------------------------------------------------
+
+
+def test_received_studies_are_listed_with_their_decision(federation: Federation, home: Path) -> None:
+    assert run("approve", "--home", home).stdout == "no studies received\n"
+    assert data("approve", "--home", home) == {"studies": []}
+    first, second = federation.manifest(), federation.manifest(name="second")
+    federation.receive(1, first)
+    federation.decide(1, second, "denied")
+    listed = data("approve", "--home", home)["studies"]
+    assert {s["digest"]: (s["name"], s["decision"]) for s in listed} == {
+        first.digest.hex(): ("small", "received"),
+        second.digest.hex(): ("second", "denied"),
+    }
+    lines = run("approve", "--home", home).stdout.splitlines()
+    assert f"{first.digest.hex()[:12]}  received  small" in lines
+    assert f"{second.digest.hex()[:12]}  denied    second" in lines
+
+
+def test_a_person_reads_and_says_yes(federation: Federation, home: Path) -> None:
+    digest = federation.receive(1, federation.manifest())
+    result = run("approve", digest[:8], "--home", home, "--by", "Dr. Roe", answer="y\n")
+    assert result.exit_code == 0
+    for shown in (digest, "purpose", "budget", "compare", "Approve it? [y/N]", f"approved: {digest}"):
+        assert shown in result.stdout
+    assert decisions(federation) == [("approved", "Dr. Roe: approved")]
+
+
+@pytest.mark.parametrize("answer", ["n\n", "\n"])
+def test_anything_but_yes_decides_nothing(federation: Federation, home: Path, answer: str) -> None:
+    digest = federation.receive(1, federation.manifest())
+    result = run("approve", digest, "--home", home, "--by", "Dr. Roe", answer=answer)
+    assert result.exit_code == 2
+    assert "[site.not-confirmed]" in result.stderr
+    assert run("approve", digest, "--home", home, "--by", "Dr. Roe").exit_code == 1
+    envelope = data("approve", digest, "--home", home, "--by", "Dr. Roe", code=2, status="error")
+    assert envelope["code"] == "site.not-confirmed"
+    assert decisions(federation) == []
+    assert not federation.sites[1].pins.exists()
+
+
+def test_a_script_says_yes_in_advance_and_reads_json(federation: Federation, home: Path) -> None:
+    digest = federation.receive(1, federation.manifest())
+    told = data("approve", digest, "--home", home, "--yes", "--by", "Dr. Roe", "--reason", "ethics 7/26")
+    assert (told["digest"], told["decision"], told["rounds"]) == (digest, "approved", 3)
+    assert set(told["new_fingerprints"]) == {federation.name(2), federation.name(3)}
+    assert decisions(federation) == [("approved", "Dr. Roe: ethics 7/26")]
+    again = data("approve", digest, "--home", home, "--yes", "--by", "Dr. Roe", "--deny")
+    assert again == {"digest": digest, "name": "small", "decision": "denied"}
+    assert decisions(federation)[-1] == ("denied", "Dr. Roe: denied")
+
+
+def test_a_decision_names_who_took_it(
+    federation: Federation, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = federation.receive(1, federation.manifest())
+    monkeypatch.delenv("USER", raising=False)
+    assert failure("approve", digest, "--home", home, "--yes", code=2)["code"] == "site.by"
+    assert (
+        failure("approve", digest, "--home", home, "--yes", "--by", "a\nb", code=2)["code"] == "ledger.reason"
+    )
+    assert decisions(federation) == []
+    monkeypatch.setenv("USER", "roe")
+    assert run("approve", digest, "--home", home, "--yes").exit_code == 0
+    assert decisions(federation) == [("approved", "roe: approved")]
+
+
+def test_an_unknown_digest_is_a_usage_error(home: Path) -> None:
+    assert failure("approve", "abcdef", "--home", home, "--yes", code=2)["code"] == "site.digest"
+
+
+def test_what_the_policy_forbids_can_be_denied_only(federation: Federation, home: Path) -> None:
+    digest = federation.receive(1, federation.manifest())
+    federation.edit_policy(1, rules={"coordinators": []})
+    command = ("approve", digest, "--home", home, "--yes", "--by", "t")
+    refusal = failure(*command, code=3)
+    assert refusal["code"] == "policy.coordinator"
+    assert federation.coordinator in refusal["hint"]
+    assert decisions(federation) == []
+    result = run(*command, "--deny")
+    assert result.exit_code == 0
+    assert f"denied: {digest}" in result.stdout
+    assert federation.coordinator in result.stdout
+    assert decisions(federation) == [("denied", "t: denied")]
+
+
+def test_too_little_budget_is_exit_4(federation: Federation, home: Path) -> None:
+    digest = federation.receive(1, federation.manifest())
+    federation.edit_policy(1, register={"epsilon_t": 0.5, "epsilon_w": 0.5})
+    refusal = failure("approve", digest, "--home", home, "--yes", "--by", "t", code=4)
+    assert (refusal["code"], refusal["rounds_left"]) == ("budget.exhausted", 0)
+    assert decisions(federation) == []
+
+
+def test_an_altered_study_is_exit_5(federation: Federation, home: Path) -> None:
+    digest = federation.receive(1, federation.manifest())
+    path = federation.sites[1].study(digest)
+    path.write_bytes(path.read_bytes().replace(b'"rounds":3', b'"rounds":9'))
+    for options in ((), ("--deny",)):
+        failure("approve", digest, "--home", home, "--yes", "--by", "t", *options, code=5)
+    assert decisions(federation) == []
+
+
+def test_data_that_break_the_contract_are_exit_7(federation: Federation, home: Path) -> None:
+    digest = federation.receive(1, federation.manifest())
+    command = ("approve", digest, "--home", home, "--yes", "--by", "t")
+    federation.write_extract(1, [(CANARY, CANARY, CANARY)], "patient,age,readmitted")
+    refusal = failure(*command, code=7)
+    assert refusal["code"] == "source.column"
+    federation.write_extract(1, [*extract_rows(1), (CANARY, 1)])
+    assert failure(*command, code=7)["code"] == "source.malformed"
+    for result in (run(*command), run(*command, "--json")):
+        assert CANARY not in result.output
+    assert decisions(federation) == []
+
+
+# -- budget ----------------------------------------------------------------------------------------------
+
+
+def test_budget_shows_both_views_and_both_caps(federation: Federation, home: Path) -> None:
+    manifest = federation.manifest()
+    guard = federation.guard(1)
+    admitted = guard.check_runnable(manifest)
+    empty = data("budget", "--home", home)
+    assert (empty["epsilon_t"], empty["epsilon_w"], empty["charges"]) == (0.0, 0.0, 0)
+    guard.charge(manifest, admitted, 1)
+    federation.edit_policy(1, register={"epsilon_w": 2.0})
+    spent = guard.budget()
+    guard.close()
+    assert data("budget", "--home", home) == {
+        "register": guard.register_id,
+        "epsilon_t": spent.epsilon_t,
+        "cap_t": 3.0,
+        "epsilon_w": spent.epsilon_w,
+        "cap_w": 2.0,
+        "delta": 1e-6,
+        "charges": 1,
+    }
+    text = run("budget", "--home", home).stdout
+    assert f"register {guard.register_id}: 1 charges, delta 1e-06" in text
+    assert f"epsilon {spent.epsilon_t:.4f} of 3" in text
+    assert f"epsilon {spent.epsilon_w:.4f} of 2" in text
+
+
+def test_a_raised_cap_is_exit_3_and_a_broken_policy_exit_2(federation: Federation, home: Path) -> None:
+    run("budget", "--home", home)
+    federation.edit_policy(1, register={"epsilon_t": 4.0})
+    assert failure("budget", "--home", home, code=3)["code"] == "guard.cap-raised"
+    federation.edit_policy(1, register={"epsilon": 4.0})
+    assert failure("budget", "--home", home, code=2)["code"] == "settings.field"
+
+
+def test_a_lost_ledger_is_exit_3(federation: Federation, home: Path) -> None:
+    federation.sites[1].ledger.unlink()
+    assert failure("budget", "--home", home, code=3)["code"] == "ledger.missing"
+
+
+def test_the_command_line_imports_neither_torch_nor_flower() -> None:
+    import subprocess
+    import sys
+
+    script = "import sys, client.cli; print({'torch', 'opacus', 'flwr', 'grpc'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "set()\n"

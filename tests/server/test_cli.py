@@ -1,0 +1,246 @@
+"""Transcripts of ``wardround hub`` and ``wardround study``: what is printed, and the exit code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from typer.testing import CliRunner, Result
+
+from common.enrolment import Admission
+from server.cli import hub, study
+from server.store import Checkpoint
+from tests.federation import small_study
+from tests.server.conftest import RunningHub
+from tests.server.hospitals import NAMES, found, new_keys
+
+runner = CliRunner()
+
+
+def call(app: Any, *arguments: object) -> Result:
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def envelope(result: Result, code: str = "ok") -> dict[str, Any]:
+    """The one JSON line on standard output, and nothing beside it."""
+    (line,) = result.stdout.splitlines()
+    whole: dict[str, Any] = json.loads(line)
+    assert set(whole) == {"schema", "status", "code", "data", "hint"}
+    assert whole["schema"] == 1
+    assert whole["code"] == code
+    assert whole["status"] == ("ok" if result.exit_code == 0 else "error")
+    data: dict[str, Any] = whole["data"]
+    return data
+
+
+def failed(app: Any, exit_code: int, code: str, *arguments: object) -> str:
+    """Both forms of an error: text on standard error, and the envelope with --json."""
+    text = call(app, *arguments)
+    assert (text.exit_code, text.stdout) == (exit_code, "")
+    assert text.stderr.startswith("error: ")
+    assert f"[{code}]" in text.stderr
+    machine = call(app, *arguments, "--json")
+    assert machine.exit_code == exit_code
+    envelope(machine, code)
+    return text.stderr
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "study.toml"
+    path.write_text(tomli_w.dumps(small_study(list(NAMES[:3]), name="by command")), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def as_(running: RunningHub) -> Path:
+    return running.founded.home.coordinator
+
+
+def submitted(toml: Path, as_: Path) -> str:
+    return str(envelope(call(study, "submit", toml, "--as", as_, "--json"))["digest"])
+
+
+# -- hub -------------------------------------------------------------------------------------------------
+
+
+def test_hub_init(tmp_path: Path) -> None:
+    result = call(hub, "init", "--home", tmp_path / "one", "--address", "hub.example.org:8443")
+    assert result.exit_code == 0
+    assert "hub fingerprint" in result.stdout
+    assert "compares it out of band" in result.stdout
+
+    made = call(hub, "init", "--home", tmp_path / "two", "--address", "localhost:8443", "--json")
+    data = envelope(made)
+    assert set(data) == {"hub_key", "hub_fingerprint", "coordinator_key", "coordinator"}
+    assert Path(data["coordinator"]).is_dir()
+
+    again = failed(hub, 2, "hub.exists", "init", "--home", tmp_path / "two", "--address", "localhost:8443")
+    assert "remedy: Choose a new folder." in again
+    failed(hub, 2, "hub.address", "init", "--home", tmp_path / "three", "--address", "localhost")
+    assert call(hub, "init", "--home", tmp_path / "three").exit_code == 2
+
+
+def test_hub_admit(tmp_path: Path) -> None:
+    founded = found(tmp_path, 0)
+    keys = new_keys("St. Mary")
+    request, out = tmp_path / "request.json", tmp_path / "admission.json"
+    request.write_bytes(keys.request.to_bytes())
+    home = founded.home.folder
+
+    # An admission that cannot be written is not lost: the same command works when the folder is right.
+    nowhere = tmp_path / "no" / "admission.json"
+    failed(hub, 2, "output.file", "admit", request, "--home", home, "--out", nowhere)
+
+    result = call(hub, "admit", request, "--home", home, "--out", out)
+    assert result.exit_code == 0
+    assert "St. Mary admitted as site 1" in result.stdout
+    assert keys.request.fingerprint in result.stdout
+    admission = Admission.from_bytes(out.read_bytes())
+    admission.check_answers(keys.request)
+
+    data = envelope(call(hub, "admit", request, "--home", home, "--out", out, "--json"))
+    assert data == {
+        "id": 1,
+        "name": "St. Mary",
+        "fingerprint": keys.request.fingerprint,
+        "admission": str(out),
+    }
+
+    request.write_bytes(new_keys("st. mary").request.to_bytes())
+    failed(hub, 3, "enrolment.duplicate", "admit", request, "--home", home, "--out", out)
+    request.write_bytes(keys.request.to_bytes().replace(b"St. Mary", b"St. Mari"))
+    failed(hub, 5, "identity.signature", "admit", request, "--home", home, "--out", out)
+    failed(hub, 2, "hub.request", "admit", tmp_path / "none.json", "--home", home, "--out", out)
+    failed(hub, 2, "settings.missing", "admit", request, "--home", tmp_path / "x", "--out", out)
+
+
+def test_hub_run_refuses_a_folder_that_is_no_hub(tmp_path: Path) -> None:
+    failed(hub, 2, "settings.missing", "run", "--home", tmp_path)
+
+
+def test_hub_run_says_when_the_port_is_taken(running: RunningHub) -> None:
+    result = call(hub, "run", "--home", running.founded.home.folder)
+    assert result.exit_code == 1
+    assert "cannot listen" in result.stderr
+    assert "remedy: Choose a free port" in result.stderr
+
+
+# -- study -----------------------------------------------------------------------------------------------
+
+
+def test_study_submit_and_list(running: RunningHub, toml: Path, as_: Path) -> None:
+    token = "5" * 32
+    result = call(study, "submit", toml, "--as", as_, "--token", token)
+    assert result.exit_code == 0
+    assert "study 'by command' submitted" in result.stdout
+    again = envelope(call(study, "submit", toml, "--as", as_, "--token", token, "--json"))
+    assert again["digest"] in result.stdout
+    assert set(again) == {"digest", "name", "status", "detail", "round", "rounds", "submitted"}
+
+    listed = call(study, "list", "--as", as_)
+    assert again["digest"][:12] in listed.stdout
+    (entry,) = [
+        s
+        for s in envelope(call(study, "list", "--as", as_, "--json"))["studies"]
+        if s["digest"] == again["digest"]
+    ]
+    assert (entry["name"], entry["round"], entry["rounds"]) == ("by command", 0, 3)
+
+
+def test_study_submit_names_what_is_wrong(running: RunningHub, tmp_path: Path, toml: Path, as_: Path) -> None:
+    failed(study, 2, "study.file", "submit", tmp_path / "none.toml", "--as", as_)
+    failed(study, 2, "study.token", "submit", toml, "--as", as_, "--token", "short")
+    failed(study, 2, "settings.missing", "submit", toml, "--as", tmp_path)
+    toml.write_text(toml.read_text().replace("clip_norm = 1.0", "clip_norm = -1.0"))
+    assert "privacy.clip_norm" in failed(study, 2, "study.privacy.clip_norm", "submit", toml, "--as", as_)
+    toml.write_text("name = ")
+    failed(study, 2, "study.toml", "submit", toml, "--as", as_)
+
+
+def test_study_abort_and_watch(running: RunningHub, toml: Path, as_: Path) -> None:
+    digest = submitted(toml, as_)
+    failed(study, 3, "study.reason", "abort", digest, "--as", as_, "--reason", " ")
+    assert call(study, "abort", digest, "--as", as_).exit_code == 2
+    result = call(study, "abort", digest[:8], "--as", as_, "--reason", "wrong question")
+    assert (result.exit_code, result.stdout) == (0, "study 'by command': aborted\n")
+    failed(study, 3, "study.ended", "abort", digest, "--as", as_, "--reason", "again")
+    failed(study, 2, "study.digest", "abort", "zzz", "--as", as_, "--reason", "x")
+
+    watched = call(study, "watch", digest, "--as", as_)
+    assert watched.exit_code == 1
+    assert "by command: aborted, round 0 of 3" in watched.stdout
+    assert "wrong question" in watched.stdout
+    lines = call(study, "watch", digest, "--as", as_, "--json")
+    assert lines.exit_code == 1
+    (event,) = map(json.loads, lines.stdout.splitlines())
+    assert (event["status"], event["detail"], event["cohort"]) == ("aborted", "wrong question", [])
+    assert event["sites"][0] == {"id": 1, "name": "St. Mary", "decision": "", "online": False}
+
+
+def test_study_watch_and_export_of_a_done_study(running: RunningHub, toml: Path, as_: Path) -> None:
+    submitted(toml, as_)  # holds the queue
+    digest = submitted(toml, as_)
+    out = toml.with_name("model.safetensors")
+    failed(study, 3, "study.no-model", "export", digest, "--as", as_, "--out", out)
+    store = running.hub.store
+    for number in (1, 2):
+        state = f"model {number}".encode()
+        store.add_round(digest, Checkpoint(number, 1, (1, 2), b"c", b"s", b"m", state, 0.5))
+    store.set_status(digest, "done")
+
+    lines = call(study, "watch", digest, "--as", as_, "--json")
+    assert lines.exit_code == 0
+    events = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert [event["round"] for event in events] == [1, 2]
+    assert events[-1]["cohort"] == [1, 2]
+    assert call(study, "watch", digest, "--as", as_).exit_code == 0
+
+    assert envelope(call(study, "export", digest, "--as", as_, "--out", out, "--json")) == {
+        "out": str(out),
+        "bytes": 7,
+    }
+    assert out.read_bytes() == b"model 2"
+    assert call(study, "export", digest, "--as", as_, "--out", out, "--round", 1).exit_code == 0
+    assert out.read_bytes() == b"model 1"
+    failed(study, 3, "study.no-model", "export", digest, "--as", as_, "--out", out, "--round", 9)
+    failed(study, 2, "output.file", "export", digest, "--as", as_, "--out", toml / "x" / "y")
+
+
+def test_a_hub_that_is_down_is_exit_6(tmp_path: Path, toml: Path) -> None:
+    coordinator = found(tmp_path, 0).home.coordinator
+    text = failed(study, 6, "studies.unreachable", "list", "--as", coordinator)
+    assert "try again" in text
+    failed(study, 6, "studies.unreachable", "submit", toml, "--as", coordinator)
+
+
+def test_a_roster_under_another_key_is_exit_5(
+    running: RunningHub, tmp_path: Path, toml: Path, as_: Path
+) -> None:
+    settings = as_ / "coordinator.toml"
+    text = settings.read_text()
+    try:
+        own = running.founded.coordinator.load_settings().hub_key
+        settings.write_text(text.replace(own, found(tmp_path, 0).coordinator.load_settings().hub_key))
+        failed(study, 5, "identity.signature", "submit", toml, "--as", as_)
+    finally:
+        settings.write_text(text)
+
+
+def test_a_hub_without_hospitals_says_so(tmp_path: Path) -> None:
+    from server.service import Hub
+
+    founded = found(tmp_path, 0)
+    service = Hub(founded.home)
+    service.start()
+    try:
+        coordinator = founded.home.coordinator
+        assert call(study, "list", "--as", coordinator).stdout == "no studies\n"
+        path = tmp_path / "study.toml"
+        path.write_text(tomli_w.dumps(small_study(list(NAMES[:3]))), encoding="utf-8")
+        assert "hub admit" in failed(study, 3, "hub.no-sites", "submit", path, "--as", coordinator)
+    finally:
+        service.stop()

@@ -1,0 +1,436 @@
+"""One study through its phases, over a Grid in this process whose hospitals are the real machines."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load
+
+from common import flower, messages
+from common.errors import FailureError, RefusedError, UsageError, VerificationError
+from common.messages import Reply
+from common.secagg import records
+from common.secagg.codec import quantise
+from server import rounds
+from server.rounds import StudyRun
+from server.store import Store
+from tests.server.hospitals import WITHOUT_DP, Founded, Hospital, Room, found, known_update
+
+DIM = 6
+
+
+@dataclass
+class Stage:
+    """A hub, its hospitals in one room, and one stored study."""
+
+    founded: Founded
+    store: Store
+    room: Room
+    digest: str
+
+    def run(self, **options: Any) -> None:
+        StudyRun(self.founded.home, self.store, self.room, self.digest, **options).run()
+
+    @property
+    def status(self) -> tuple[str, str]:
+        row = self.store.study(self.digest)
+        return row.status, row.detail
+
+    def model(self, round_number: int = 0) -> np.ndarray:
+        state = load(self.store.state(self.digest, round_number))
+        return np.concatenate([state["weight"].ravel(), state["bias"].ravel()])
+
+    def cohorts(self) -> list[list[int]]:
+        return [json.loads(row.cohort) for row in self.store.rounds(self.digest)]
+
+
+Make = Callable[..., Stage]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    monkeypatch.setattr(rounds, "CONSENT_PERIOD_S", 0.001)
+    opened: list[Store] = []
+
+    def make(hospitals: int = 3, **changes: Any) -> Stage:
+        founded = found(tmp_path, hospitals)
+        store = Store.open(founded.home.database)
+        opened.append(store)
+        digest = founded.store_study(store, founded.sign_study(**changes))
+        room = Room([Hospital(founded, site) for site in founded.admissions])
+        return Stage(founded, store, room, digest)
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+def steps_of(sites: list[int], round_number: int, step: float = 1e-5, limit: float = 100.0) -> np.ndarray:
+    """The exact mean of what hospitals sum in a round: rounded to the grid one by one, then averaged."""
+    zeros = {"all": np.zeros(DIM, dtype=np.float32)}
+    q = [quantise(known_update(site, round_number, zeros), step, limit) for site in sites]
+    return np.sum(q, axis=0) * step / len(sites)
+
+
+def exact_model(cohorts: list[list[int]]) -> np.ndarray:
+    """The model that the study must give: float32 after every round, as the layout stores it."""
+    model = np.zeros(DIM, dtype=np.float32)
+    for number, cohort in enumerate(cohorts, start=1):
+        model = (model.astype(np.float64) + steps_of(cohort, number)).astype(np.float32)
+    return model
+
+
+def test_a_study_runs_through_its_phases_to_the_exact_sum(stage: Make) -> None:
+    study = stage(training__rounds=4)
+    seen: list[tuple[str, str]] = []
+    study.room.before = lambda _site, kind: seen.append((kind, study.status[0]))
+    study.run()
+
+    assert study.status == ("done", "")
+    assert study.cohorts() == [[1, 2, 3]] * 4
+    assert np.array_equal(study.model(), exact_model(study.cohorts()))
+    for number in range(1, 5):
+        assert np.array_equal(study.model(number), exact_model(study.cohorts()[:number]))
+
+    order = list(dict.fromkeys(seen))
+    assert order[:5] == [
+        ("query.study", "waiting for approval"),
+        ("query.keys", "setting up"),
+        ("query.directory", "setting up"),
+        ("query.seeds", "setting up"),
+        ("query.confirms", "setting up"),
+    ]
+    assert ("train.ready", "running") in order
+    assert seen[-3:] == [("query.close", "done")] * 3
+    for hospital in study.room.hospitals.values():
+        assert hospital.site is not None
+        assert hospital.site.closed
+        assert len(hospital.results) == 4
+
+
+def test_each_round_starts_from_the_model_of_the_last(stage: Make) -> None:
+    study = stage()
+    study.run()
+    stored = study.store.rounds(study.digest)
+    assert [row.round for row in stored] == [1, 2, 3]
+    for hospital in study.room.hospitals.values():
+        assert not any(value.any() for value in hospital.states[0].values())
+        for number, state in enumerate(hospital.states[1:], start=1):
+            after = load(study.store.state(study.digest, number))
+            assert all(np.array_equal(state[name], after[name]) for name in state)
+        # R6 tells each hospital the sum and the model that the checkpoint holds.
+        told = [(result.ctx, result.sum_digest, result.model_digest) for result in hospital.results]
+        assert told == [(row.context, row.sum_digest, row.model_digest) for row in stored]
+
+
+def test_the_model_is_plain_fedavg_to_the_codec(stage: Make) -> None:
+    study = stage(privacy=WITHOUT_DP, training__rounds=5, aggregation__codec__step=1e-6)
+    study.run()
+    plain = np.zeros(DIM)
+    for number in range(1, 6):
+        plain += np.mean(
+            [known_update(site, number, {"all": np.zeros(DIM, np.float32)}) for site in (1, 2, 3)], axis=0
+        )
+    assert np.abs(study.model() - plain).max() <= 5 * 1e-6
+    assert np.abs(plain).max() > 1
+
+
+@pytest.mark.parametrize("silence", ["unavailable", "no reply", "garbled"])
+@pytest.mark.parametrize("missing", [1, 4])
+def test_a_hospital_missing_from_a_round_is_left_out_of_its_sum(
+    stage: Make, silence: str, missing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = stage(4, training__rounds=2)
+    asked = {"count": 0}
+
+    def meddle(site: int, kind: str, body: bytes, payload: tuple[bytes, ...]) -> Any:
+        if (site, kind) != (missing, "train.ready"):
+            return body, payload
+        asked["count"] += 1
+        if asked["count"] == 2:
+            return body, payload
+        return {
+            "unavailable": (messages.encode_reply(Reply(messages.READY, available=False)), ()),
+            "no reply": None,
+            "garbled": (body[:-1], ()),
+        }[silence]
+
+    study.room.meddle = meddle
+    with caplog.at_level(logging.INFO):
+        study.run()
+    assert study.status[0] == "done"
+    others = [i for i in (1, 2, 3, 4) if i != missing]
+    # Having missed a round, it takes part in the next.
+    assert study.cohorts() == [others, [1, 2, 3, 4]]
+    assert np.array_equal(study.model(), exact_model(study.cohorts()))
+    said = {"unavailable": ": unavailable", "no reply": "no reply to train.ready", "garbled": "was dropped"}
+    name = study.founded.admissions[missing].name
+    assert any(said[silence] in r.message and repr(name) in r.message for r in caplog.records)
+
+
+def forged(record: Any) -> bytes:
+    """A reply with that record, its signature one bit off."""
+    kind = {records.Ready: messages.READY, records.Open: messages.OPEN}[type(record)]
+    sig = bytes([record.sig[0] ^ 1]) + record.sig[1:]
+    return messages.encode_reply(Reply(kind, True, (replace(record, sig=sig),)))
+
+
+def test_a_reply_that_does_not_verify_counts_as_missing(
+    stage: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = stage(4, training__rounds=1)
+    study.room.meddle = lambda site, kind, body, payload: (
+        (forged(messages.decode_reply(kind, body).records[0]), ())
+        if (site, kind) == (2, "train.ready")
+        else (body, payload)
+    )
+    study.run()
+    assert study.cohorts() == [[1, 3, 4]]
+    assert any("refused" in r.message and "not signed by hospital 2" in r.message for r in caplog.records)
+
+
+def test_a_record_in_anothers_name_counts_as_missing(stage: Make, caplog: pytest.LogCaptureFixture) -> None:
+    study = stage(4, training__rounds=1)
+    kept: list[bytes] = []
+
+    def meddle(site: int, kind: str, body: bytes, payload: tuple[bytes, ...]) -> Any:
+        if kind == "train.ready" and site == 1:
+            kept.append(body)
+        return (kept[0], ()) if kind == "train.ready" and site == 3 else (body, payload)
+
+    study.room.meddle = meddle
+    study.run()
+    assert study.cohorts() == [[1, 2, 4]]
+    assert any("in the name of 1" in r.message for r in caplog.records)
+
+
+def test_too_few_hospitals_end_the_study(stage: Make) -> None:
+    study = stage()
+    study.room.meddle = lambda site, kind, body, payload: (
+        None if (site, kind) == (2, "train.ready") else (body, payload)
+    )
+    with pytest.raises(RefusedError, match="2 hospitals can be summed together, and the study needs 3"):
+        study.run()
+    assert study.cohorts() == []
+    # Whatever ended it, every hospital is told to erase the run.
+    assert all(h.site is not None and h.site.closed for h in study.room.hospitals.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("query.keys", "2 hospitals announced keys, and the run needs 3"),
+        ("query.directory", "can be summed together"),
+        ("query.seeds", "can be summed together"),
+        ("train.upload", r"hospitals \[2\] have not uploaded"),
+        ("train.open", r"hospitals \[2\] have not opened"),
+    ],
+)
+def test_a_hospital_lost_on_the_way_ends_a_study_that_needs_it(stage: Make, kind: str, problem: str) -> None:
+    study = stage()
+    study.room.meddle = lambda site, asked, body, payload: (
+        None if (site, asked) == (2, kind) else (body, payload)
+    )
+    with pytest.raises(RefusedError, match=problem):
+        study.run()
+    assert study.cohorts() == []
+
+
+def test_an_altered_payload_is_refused_and_never_added(stage: Make, caplog: pytest.LogCaptureFixture) -> None:
+    study = stage()
+
+    def meddle(site: int, kind: str, body: bytes, payload: tuple[bytes, ...]) -> Any:
+        if (site, kind) == (3, "train.upload"):
+            payload = (bytes([payload[0][0] ^ 1]) + payload[0][1:], *payload[1:])
+        return body, payload
+
+    study.room.meddle = meddle
+    with pytest.raises(RefusedError, match=r"hospitals \[3\] have not uploaded"):
+        study.run()
+    assert any("chunk 0 of hospital 3 was altered" in r.message for r in caplog.records)
+    assert study.cohorts() == []
+
+
+def test_a_forged_opening_is_refused(stage: Make, caplog: pytest.LogCaptureFixture) -> None:
+    study = stage()
+    study.room.meddle = lambda site, kind, body, payload: (
+        (forged(messages.decode_reply(kind, body).records[0]), ())
+        if (site, kind) == (1, "train.open")
+        else (body, payload)
+    )
+    with pytest.raises(RefusedError, match=r"hospitals \[1\] have not opened"):
+        study.run()
+    assert any("not signed by hospital 1" in r.message for r in caplog.records)
+
+
+def test_one_denial_ends_the_study(stage: Make) -> None:
+    study = stage()
+    study.room.hospitals[2].decision = "denied"
+    study.run()
+    assert study.status == ("denied", "denied by Northgate")
+    assert json.loads(study.store.study(study.digest).decisions) == {
+        "1": "approved",
+        "2": "denied",
+        "3": "approved",
+    }
+    assert not any("query.keys" in h.asked for h in study.room.hospitals.values())
+
+
+def test_a_study_waits_for_the_last_approval(stage: Make) -> None:
+    study = stage(training__rounds=1)
+    slow = study.room.hospitals[3]
+    slow.decision = "received"
+    shown: list[str] = []
+
+    def before(site: int, kind: str) -> None:
+        if (site, kind) == (3, "query.study"):
+            shown.append(json.loads(study.store.study(study.digest).decisions).get("3", ""))
+            if len(shown) == 3:
+                slow.decision = "approved"
+
+    study.room.before = before
+    study.run()
+    assert shown == ["", "received", "received"]
+    assert study.status[0] == "done"
+    # Who has approved is not asked again.
+    assert study.room.hospitals[1].asked.count("query.study") == 1
+
+
+def test_an_absent_hospital_is_waited_for(stage: Make) -> None:
+    study = stage(training__rounds=1)
+    late = study.room.hospitals.pop(3)
+    asked: list[str] = []
+    real = study.room.get_node_ids
+
+    def arriving() -> list[int]:
+        asked.append(study.status[0])
+        if len(asked) == 4:
+            study.room.hospitals[3] = late
+        return real()
+
+    study.room.get_node_ids = arriving  # type: ignore[method-assign]
+    study.run()
+    assert asked[:4] == ["waiting for approval"] * 4
+    assert study.status[0] == "done"
+
+
+@pytest.mark.parametrize(("kind", "done"), [("query.study", 0), ("query.keys", 0), ("train.ready", 1)])
+def test_an_abort_ends_the_study_at_its_next_step(stage: Make, kind: str, done: int) -> None:
+    study = stage()
+    times = {"asked": 0}
+
+    def before(site: int, asked: str) -> None:
+        if (site, asked) == (1, kind):
+            times["asked"] += 1
+            if times["asked"] == done + 1:
+                study.store.set_status(study.digest, "aborted", "wrong question")
+
+    study.room.before = before
+    study.run()
+    assert study.status == ("aborted", "wrong question")
+    assert len(study.cohorts()) == done
+    for hospital in study.room.hospitals.values():
+        assert hospital.asked[-1] == "query.close"
+        assert hospital.asked.count("train.upload") == done
+
+
+def test_an_ended_study_is_not_run_again(stage: Make) -> None:
+    study = stage()
+    study.store.set_status(study.digest, "aborted", "before it began")
+    study.run()
+    assert study.status == ("aborted", "before it began")
+    assert {kind for h in study.room.hospitals.values() for kind in h.asked} <= {"query.close"}
+
+
+def test_a_study_that_expires_while_it_waits_ends(stage: Make) -> None:
+    study = stage(expires="2030-01-01T00:00Z")
+    study.room.hospitals[1].decision = "received"
+
+    def patience(_site: int, _kind: str) -> None:
+        assert len(study.room.hospitals[1].asked) < 100, "the study waits for ever"
+
+    study.room.before = patience
+    minute = iter(range(10_000))
+    # 2029-12-31T23:58Z, then ten seconds at every look at the clock.
+    with pytest.raises(RefusedError, match="expired at 2030-01-01T00:00Z"):
+        study.run(clock=lambda: 1893455880.0 + 10 * next(minute))
+    assert study.room.hospitals[1].asked.count("query.study") > 1
+    assert study.cohorts() == []
+
+
+def test_an_expired_study_is_refused_before_anybody_is_asked(stage: Make) -> None:
+    study = stage(expires="2030-01-01T00:00Z")
+    with pytest.raises(UsageError, match="expired"):
+        study.run(clock=lambda: 1893456000.0)
+    assert not any(h.asked for h in study.room.hospitals.values())
+
+
+def test_a_study_of_another_hub_is_refused(stage: Make, tmp_path: Path) -> None:
+    study = stage()
+    (tmp_path / "other").mkdir()
+    stranger = found(tmp_path / "other", 0)
+    with pytest.raises(VerificationError, match="roster"):
+        StudyRun(stranger.home, study.store, study.room, study.digest)
+
+
+def test_hospitals_refuse_a_model_that_has_grown_past_its_bound(stage: Make) -> None:
+    study = stage(training__rounds=2, aggregation__state_norm_bound=0.5)
+    with pytest.raises(RefusedError, match="0 hospitals can be summed"):
+        study.run()
+    assert len(study.cohorts()) == 1
+
+
+def test_messages_of_another_app_are_dropped(stage: Make, caplog: pytest.LogCaptureFixture) -> None:
+    study = stage(4, training__rounds=1)
+    real = study.room.pull_messages
+
+    def foreign(message_ids: Any) -> list[flower.Message]:
+        replies = real(message_ids)
+        for reply in replies:
+            if reply.metadata.src_node_id == 4 and reply.metadata.message_type == "train.ready":
+                reply.content["more"] = reply.content[flower.RECORD]
+        return replies
+
+    study.room.pull_messages = foreign  # type: ignore[method-assign]
+    study.run()
+    assert study.cohorts() == [[1, 2, 3]]
+    assert any("exactly one record" in r.message for r in caplog.records)
+
+
+@given(
+    st.lists(st.lists(st.floats(-50, 50), min_size=DIM, max_size=DIM), min_size=3, max_size=3),
+    st.sampled_from([1e-5, 0.25, 0.001]),
+)
+@settings(max_examples=8, deadline=None)
+def test_sums_are_exact_for_any_update(values: list[list[float]], step: float) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "CONSENT_PERIOD_S", 0.0)
+        founded = found(Path(folder), 3)
+        store = Store.open(founded.home.database)
+        signed = founded.sign_study(training__rounds=1, aggregation__codec__step=step)
+        digest = founded.store_study(store, signed)
+        vectors = {site: np.array(vector) for site, vector in enumerate(values, start=1)}
+        hospitals = [Hospital(founded, i, lambda site, _round, _state: vectors[site]) for i in vectors]
+        StudyRun(founded.home, store, Room(hospitals), digest).run()
+        total = np.sum([quantise(vector, step, 100.0) for vector in vectors.values()], axis=0)
+        state = load(store.state(digest))
+        store.close()
+    got = np.concatenate([state["weight"].ravel(), state["bias"].ravel()])
+    assert np.array_equal(got, (total.astype(np.float64) * step / 3).astype(np.float32))
+
+
+def test_an_upload_sink_takes_headers_only() -> None:
+    sink = rounds._Uploads(None)  # type: ignore[arg-type]
+    with pytest.raises(FailureError, match="without an upload header"):
+        sink.header(1, messages.encode_reply(Reply(messages.UPLOAD, available=False)))
+    with pytest.raises(VerificationError):
+        sink.header(1, messages.encode_reply(Reply(messages.CLOSE)))

@@ -1,0 +1,202 @@
+"""The hub's tables on a real SQLite file."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import RefusedError
+from server.store import ENDED, STATUSES, Checkpoint, SiteRow, Store, StudyRow
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(tmp_path / "hub.db")
+    yield opened
+    opened.close()
+
+
+def site(number: int, **changes: object) -> SiteRow:
+    values = {
+        "id": number,
+        "name": f"Site {number}",
+        "protocol_key": bytes([number]) * 32,
+        "ledger_key": bytes([100 + number]) * 32,
+        "tls_fingerprint": f"{number:064x}",
+        "admitted": "2026-01-01T00:00Z",
+    }
+    return SiteRow(**(values | changes))
+
+
+def study(digest: str = "a" * 64, **changes: object) -> StudyRow:
+    values = {
+        "digest": digest,
+        "name": "small",
+        "manifest": b"manifest",
+        "signature": b"s",
+        "roster": b"roster",
+        "roster_signature": b"r",
+        "status": "queued",
+        "rounds": 3,
+        "submitted": "2026-01-01T00:00Z",
+    }
+    return StudyRow(**(values | changes))
+
+
+def checkpoint(number: int) -> Checkpoint:
+    return Checkpoint(number, 1, (1, 3), b"c" * 32, b"s" * 32, b"m" * 32, f"state {number}".encode(), 0.25)
+
+
+def test_the_file_is_durable_and_survives(tmp_path: Path) -> None:
+    path = tmp_path / "hub.db"
+    first = Store.open(path)
+    first.add_site(site(1))
+    with first._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+    first.close()
+    second = Store.open(path)
+    assert [row.name for row in second.sites()] == ["Site 1"]
+    second.close()
+
+
+def test_sites_come_back_by_id(store: Store) -> None:
+    assert store.next_site_id() == 1
+    for number in (2, 1, 7):
+        store.add_site(site(number))
+    assert [row.id for row in store.sites()] == [1, 2, 7]
+    assert store.next_site_id() == 8
+    found = store.site(7)
+    assert found is not None
+    assert found.protocol_key == bytes([7]) * 32
+    assert store.site(3) is None
+
+
+@pytest.mark.parametrize("taken", ["id", "name", "protocol_key", "ledger_key", "tls_fingerprint"])
+def test_nothing_of_a_site_is_used_twice(store: Store, taken: str) -> None:
+    store.add_site(site(1))
+    with pytest.raises(RefusedError, match="admitted already") as caught:
+        store.add_site(site(2, **{taken: getattr(site(1), taken)}))
+    assert caught.value.remedy
+    assert [row.id for row in store.sites()] == [1]
+
+
+def test_submitting_twice_changes_nothing(store: Store) -> None:
+    assert store.add_study(study())
+    store.set_status("a" * 64, "running")
+    assert not store.add_study(study(name="another name"))
+    found = store.study("a" * 64)
+    assert (found.name, found.status, found.number) == ("small", "running", 1)
+
+
+def test_studies_come_in_the_order_of_submission(store: Store) -> None:
+    for digest in ("c", "a", "b"):
+        store.add_study(study(digest * 64))
+    assert [row.digest[0] for row in store.studies()] == ["c", "a", "b"]
+    assert [row.number for row in store.studies()] == [1, 2, 3]
+
+
+def test_an_unknown_study_is_named(store: Store) -> None:
+    with pytest.raises(RefusedError, match="there is no study beef") as caught:
+        store.study("beef")
+    assert "study list" in caught.value.remedy
+
+
+@pytest.mark.parametrize("end", ENDED)
+def test_an_ended_study_stays_as_it_is(store: Store, end: str) -> None:
+    store.add_study(study())
+    store.set_status("a" * 64, end, "why")
+    for status in STATUSES:
+        store.set_status("a" * 64, status, "something else")
+    found = store.study("a" * 64)
+    assert (found.status, found.detail) == (end, "why")
+
+
+def test_decisions_are_kept_by_site(store: Store) -> None:
+    store.add_study(study())
+    store.set_decisions("a" * 64, {10: "approved", 2: "received"})
+    assert store.study("a" * 64).decisions == '{"2": "received", "10": "approved"}'
+
+
+def test_a_round_and_its_model_are_one_transaction(store: Store) -> None:
+    store.add_study(study())
+    for number in (1, 2):
+        store.add_round("a" * 64, checkpoint(number))
+        assert store.study("a" * 64).round == number
+    with pytest.raises(Exception, match="UNIQUE"):
+        store.add_round("a" * 64, checkpoint(2))
+    # A round of a study that is not there leaves nothing behind.
+    with pytest.raises(Exception, match="No row"):
+        store.add_round("b" * 64, checkpoint(1))
+    assert store.rounds("b" * 64) == []
+    assert [row.round for row in store.rounds("a" * 64)] == [1, 2]
+    assert [row.round for row in store.rounds("a" * 64, after=1)] == [2]
+    assert store.state("a" * 64) == b"state 2"
+    assert store.state("a" * 64, 1) == b"state 1"
+
+
+def test_listing_rounds_leaves_the_models_on_disk(store: Store) -> None:
+    store.add_study(study())
+    store.add_round("a" * 64, checkpoint(1))
+    assert "state" not in store.rounds("a" * 64)[0].__dict__
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_missing_model_is_a_clear_refusal(store: Store, number: int) -> None:
+    store.add_study(study())
+    with pytest.raises(RefusedError, match="no such completed round"):
+        store.state("a" * 64, number)
+
+
+def test_writers_see_what_they_change(store: Store) -> None:
+    store.add_study(study("f" * 64))
+    problems: list[BaseException] = []
+
+    def write(letter: str) -> None:
+        try:
+            for number in range(10):
+                store.set_decisions("f" * 64, {number: "approved"})
+                store.add_study(study(f"{letter}{number:063d}"))
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert [row.number for row in store.studies()] == list(range(1, 22))
+
+
+def test_an_end_is_never_overwritten_by_a_status_set_meanwhile(store: Store) -> None:
+    for number in range(20):
+        digest = f"{number:064d}"
+        store.add_study(study(digest))
+        barrier = threading.Barrier(2)
+
+        def change(status: str, digest: str = digest, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            store.set_status(digest, status)
+
+        threads = [threading.Thread(target=change, args=(status,)) for status in ("aborted", "running")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert store.study(digest).status == "aborted"
+
+
+def test_nothing_but_the_declared_columns_is_stored(store: Store, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "hub.db") as database:
+        tables = {
+            table: {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+            for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        }
+    database.close()
+    assert tables["rounds"] == {
+        "study", "round", "attempt", "cohort", "context", "sum_digest", "model_digest", "state", "seconds",
+    }  # fmt: skip
+    assert set(tables) == {"sites", "studies", "rounds"}
