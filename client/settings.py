@@ -36,8 +36,9 @@ class Register(BaseModel):
 
     model_config = STRICT
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    epsilon_t: Annotated[float, Field(gt=0, le=100)]
-    epsilon_w: Annotated[float, Field(gt=0, le=100)]
+    # Far above 20 the sampler's bound times 1 + e^epsilon would use up delta: nothing would be admitted.
+    epsilon_t: Annotated[float, Field(gt=0, le=20)]
+    epsilon_w: Annotated[float, Field(gt=0, le=20)]
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     delta_above_one_in_a_hundred_thousand: bool = False
 

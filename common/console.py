@@ -7,6 +7,7 @@ JSON lines) and nothing else; errors carry a stable code and a remedy; NO_COLOR 
 import functools
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,11 +35,19 @@ class Outcome:
     code: str = "ok"
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an epsilon without bound is the text "infinite"."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return "infinite" if isinstance(value, float) and value == math.inf else value
+
+
 def envelope(status: str, code: str, data: Mapping[str, Any], hint: str) -> str:
-    """The one-line JSON envelope of every command."""
-    return json.dumps(
-        {"schema": SCHEMA, "status": status, "code": code, "data": data, "hint": hint}, sort_keys=True
-    )
+    """The one-line JSON envelope of every command; an infinite number is the text "infinite"."""
+    document = {"schema": SCHEMA, "status": status, "code": code, "data": _finite(data), "hint": hint}
+    return json.dumps(document, sort_keys=True, allow_nan=False)
 
 
 def command(function: Callable[P, Outcome | None]) -> Callable[P, None]:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import sys
 
 import pytest
@@ -113,3 +114,13 @@ def test_logs_go_to_standard_error(verbose: bool, monkeypatch: pytest.MonkeyPatc
     lines = stream.getvalue().splitlines()
     assert len(lines) == 1 + verbose
     assert lines[0].endswith(" INFO wardround.test: an event")
+
+
+def test_an_infinite_epsilon_is_text_and_nan_is_a_defect() -> None:
+    line = envelope("ok", "ok", {"epsilon": math.inf, "sites": [{"epsilon": math.inf}, {"epsilon": 1.5}]}, "")
+    assert json.loads(line, parse_constant=pytest.fail)["data"] == {
+        "epsilon": "infinite",
+        "sites": [{"epsilon": "infinite"}, {"epsilon": 1.5}],
+    }
+    with pytest.raises(ValueError, match="JSON"):
+        envelope("ok", "ok", {"epsilon": math.nan}, "")
