@@ -19,7 +19,7 @@ from client.identity import SiteIdentity, create_site
 from client.state import SiteHome
 from client.studies import StudyFolder
 from common.console import JsonFlag, Outcome, command, log_to_stderr
-from common.errors import UsageError
+from common.errors import RefusedError, UsageError
 
 app = typer.Typer(
     help="Join a federation, approve studies, run the agent, see the budget.", no_args_is_help=True
@@ -64,6 +64,12 @@ def approve(
     reason: Annotated[str, typer.Option(help="Why; it is written into the ledger.")] = "",
     by: Annotated[str, typer.Option(help="Who decides; written into the ledger with the reason.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")] = False,
+    new_fingerprints: Annotated[
+        bool,
+        typer.Option(
+            "--fingerprints-compared", help="With --yes: the new fingerprints were compared by telephone."
+        ),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> Outcome:
     """List received studies, or read one and decide on it."""
@@ -80,6 +86,12 @@ def approve(
             found = review(site, guard, full)
             found.check_approvable()
             text, data = found.text(), found.data()
+            if yes and found.new_fingerprints and not new_fingerprints:
+                raise RefusedError(
+                    "site.fingerprints",
+                    f"nobody has compared the fingerprints of {', '.join(found.new_fingerprints)}",
+                    remedy="Compare them by telephone, then add --fingerprints-compared, or leave out --yes.",
+                )
         who = by or os.environ.get("USER", "")
         if not who:
             raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")

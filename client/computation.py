@@ -69,7 +69,7 @@ class Computation:
     def _spawn(self) -> "subprocess.Popen[bytes]":
         environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "client.worker"],
+            [sys.executable, "-P", "-m", "client.isolation"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

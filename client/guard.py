@@ -13,9 +13,10 @@ from datetime import datetime
 from client.identity import SiteIdentity, load_policy
 from client.pins import Pins
 from client.settings import DataSource, Policy, Register
-from client.state import SiteHome
+from client.state import SiteHome, write_durable
+from client.studies import StudyFolder
 from common.admissible import Admitted, check
-from common.encoding import derive
+from common.encoding import canonical_json, derive, parse_canonical_json
 from common.errors import BudgetExhaustedError, RefusedError, VerificationError
 from common.identity import key_text, public_key
 from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, check_reason, events
@@ -58,6 +59,7 @@ class Guard:
         self._ledger = Ledger.open(home.ledger, identity.ledger_key, clock=now)
         try:
             self._open_register(register)
+            self._check_mark()
         except BaseException:
             self._ledger.close()
             raise
@@ -102,6 +104,15 @@ class Guard:
             raise VerificationError("guard.member", "this hospital is not a member of the study")
         return roster
 
+    def check_coordinator(self, manifest: Manifest) -> None:
+        """Refuse a study of a coordinator that the policy does not name, so that none is even kept."""
+        if manifest.coordinator not in self.policy.rules.coordinators:
+            raise RefusedError(
+                "policy.coordinator",
+                f"the study is signed by {manifest.coordinator}, which the policy does not name",
+                remedy="Add that key to rules.coordinators in policy.toml if you know whose it is.",
+            )
+
     def check_runnable(self, manifest: Manifest) -> Admitted:
         """Check admissibility, expiry and every rule of the policy.
 
@@ -110,12 +121,7 @@ class Guard:
         admitted = check(manifest, self._now().strftime("%Y-%m-%dT%H:%MZ"))
         policy, study = self.policy, manifest.study
         rules = policy.rules
-        if manifest.coordinator not in rules.coordinators:
-            raise RefusedError(
-                "policy.coordinator",
-                "the study is signed by a coordinator that the policy does not name",
-                remedy=f"Add {manifest.coordinator!r} to rules.coordinators in policy.toml if you know it.",
-            )
+        self.check_coordinator(manifest)
         if (
             isinstance(study.privacy, NoDifferentialPrivacy)
             and not rules.allow_studies_without_differential_privacy
@@ -138,7 +144,13 @@ class Guard:
             raise RefusedError(
                 "policy.round-time", f"a round may take {rules.max_round_minutes} minutes here"
             )
-        self.source(manifest)
+        if self.source(manifest).patient != study.contract.patient:
+            # The unit is the register's: a study that counted visits would weigh a patient many times.
+            raise RefusedError(
+                "policy.patient",
+                f"the study takes column {study.contract.patient!r} for the patient, the policy another",
+                remedy="Ask the coordinator for a study on the patient column that policy.toml names.",
+            )
         return admitted
 
     def check_pins(self, manifest: Manifest, roster: Roster) -> None:
@@ -213,12 +225,53 @@ class Guard:
                 (past.manifest_digest, past.round) == (event.manifest_digest, event.round) for past in history
             ):
                 raise RefusedError("guard.round-charged", "this round has been charged before")
+            rounds = sum(past.manifest_digest == event.manifest_digest for past in history)
+            if rounds >= manifest.study.training.rounds:
+                raise RefusedError("guard.rounds-spent", "all rounds that were approved have been charged")
+            self._check_no_dp_members(manifest, history)
             if event.kind != "no_dp" and not admits(history, event, cap).admitted:
                 raise self._exhausted(0, 1)
             return Charge(actor=self._actor, event=event.to_fields())
 
-        self._ledger.append_if(decide)
+        seq = self._ledger.append_if(decide)
+        # Outside backups: a ledger that is behind this mark is an older copy of itself.
+        write_durable(self._home.ledger_mark, canonical_json({"seq": seq, "event": event.event_id}))
         return event
+
+    def _check_no_dp_members(self, manifest: Manifest, history: Sequence[Event]) -> None:
+        """PROTOCOL I12: without DP, a register takes part with one set of hospitals, in all runs."""
+        if not isinstance(manifest.study.privacy, NoDifferentialPrivacy):
+            return
+        here = {party.id for party in manifest.members}
+        for digest in {event.manifest_digest for event in history if event.kind == "no_dp"}:
+            earlier, _ = StudyFolder(self._home).read(bytes.fromhex(digest))
+            differing = here ^ {party.id for party in earlier.members}
+            if differing:
+                names = {party.id: party.name for party in (*manifest.members, *earlier.members)}
+                raise RefusedError(
+                    "guard.no-dp-members",
+                    "the difference of two sums may be the data of "
+                    + ", ".join(names[member] for member in sorted(differing)),
+                    remedy="A study without differential privacy must have the members of the first one.",
+                )
+
+    def _check_mark(self) -> None:
+        """Refuse a ledger that lacks the last charge this folder remembers.
+
+        Guarantee: a_restored_ledger_is_refused - an older copy beside the run folder it belongs to.
+        Raises: RefusedError.
+        """
+        if not self._home.ledger_mark.exists():
+            return
+        mark = parse_canonical_json(self._home.ledger_mark.read_bytes(), "the ledger's mark")
+        entries = self._ledger.entries()
+        entry = entries[mark["seq"]] if mark["seq"] < len(entries) else None
+        if not isinstance(entry, Charge) or entry.event_id != mark["event"]:
+            raise RefusedError(
+                "guard.ledger-behind",
+                "the ledger lacks a charge that was made here: it is an older copy",
+                remedy="Put the newest ledger.db back; without it this register stays closed.",
+            )
 
     def released(self, man: bytes, round_number: int, attempt: int, ctx: bytes) -> None:
         """Record, before its first byte leaves, that an upload of a charged round leaves; once an attempt.

@@ -159,6 +159,7 @@ class Participation:
                 "participation.digest", "the offered study has another digest than was named"
             )
         roster = self._guard.check_offer(manifest, signed_roster)
+        self._guard.check_coordinator(manifest)
         if self._studies.add(request.man, request.document):
             log.info("study %s %r received; read it and decide with 'wardround site approve'",
                      request.man.hex()[:12], manifest.study.name)  # fmt: skip
@@ -248,12 +249,17 @@ class Participation:
         site.on_round_start(start)
         self._guard.charge(manifest, admitted, start.round)
         log.info("study %s: round %d charged", manifest.digest.hex()[:12], start.round)
+        ready_s = manifest.study.aggregation.ready_s
         left_s = min(start.deadline - self._clock(), manifest.study.aggregation.deadline_s)
-        q = run.computation.compute(state_file, admitted.dim, left_s)
-        ready = site.ready(q, np.zeros(0, dtype=np.int64), digest)
-        # A fixed time hides how long the computation took; with ready_s = 0 reports say it is not covered.
-        time.sleep(max(0.0, began + manifest.study.aggregation.ready_s - self._clock()))
-        return ready
+        if ready_s:
+            left_s = min(left_s, began + ready_s - self._clock())
+        try:
+            q = run.computation.compute(state_file, admitted.dim, left_s)
+            return site.ready(q, np.zeros(0, dtype=np.int64), digest)
+        finally:
+            # The fixed time hides how long the computation took and whether it failed early; with
+            # ready_s = 0 reports say that timing is not covered.
+            time.sleep(max(0.0, began + ready_s - self._clock()))
 
     def _upload(self, run: _Run, found: tuple[Record, ...]) -> tuple[Reply, tuple[bytes, ...]]:
         """R2 to R3: mask for the cohort, record that it leaves, hand over the payload."""

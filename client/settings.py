@@ -61,6 +61,7 @@ class DataSource(BaseModel):
 
     model_config = STRICT
     source: Annotated[str, Field(pattern=r"^(csv|parquet):.+$")]
+    patient: Annotated[str, Field(min_length=1, max_length=128)]
 
     @property
     def kind(self) -> str:
@@ -164,6 +165,7 @@ max_round_minutes = 60
 # One table an extract that studies may name, for example:
 # [data.readmissions]
 # source = "csv:/srv/wardround/readmissions.csv"
+# patient = "patient_id"   # whose privacy is counted: a study that names another column is refused
 """
 
 _NAME: Final = re.compile(r"[A-Za-z0-9 .'_-]{1,64}")

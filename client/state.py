@@ -9,6 +9,7 @@ when it returns.
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ class SiteHome:
         return self.folder / "ledger.db"
 
     @property
+    def ledger_mark(self) -> Path:
+        """The last charge, remembered outside the ledger and outside backups."""
+        return self.folder / "run" / "ledger.mark"
+
+    @property
     def runs(self) -> Path:
         """Secrets of running studies; never part of a backup."""
         return self.folder / "run" / "runs.db"
@@ -120,7 +126,7 @@ class SiteHome:
 
 def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(path.name + ".new")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -5,59 +5,23 @@ dies with its supervisor; sockets and new processes are refused after start, and
 taken away where it allows that; no core dump; an error leaves as a fixed code, its text stays here.
 """
 
-import ctypes
 import os
-import resource
 import signal
 import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import numpy as np
 
 from client.frames import read_frame, write_frame
+from client.isolation import refuse_sockets_and_processes
 from client.sources.files import load_table
 from client.sources.table import Table
 from common.admissible import Admitted, check
 from common.errors import FailureError, WardroundError
 from common.study import Manifest
-
-CLONE_NEWUSER: Final = 0x10000000
-CLONE_NEWNET: Final = 0x40000000
-PR_SET_PDEATHSIG: Final = 1
-FORBIDDEN_EVENTS: Final = (
-    "socket.",
-    "subprocess.",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "os.fork",
-    "os.spawn",
-    "urllib.",
-    "ftplib.",
-    "smtplib.",
-)
-
-
-def _refuse(event: str, _arguments: tuple[Any, ...]) -> None:
-    if event.startswith(FORBIDDEN_EVENTS):
-        raise FailureError("worker.isolated", f"the worker may not do this: {event}")
-
-
-def isolate() -> bool:
-    """Cut this process off; true when the kernel took its network away too.
-
-    Guarantee: worker_has_no_network - a socket cannot be made after this, in this process.
-    Assumes: native code makes no socket of its own where the kernel refuses a network namespace.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    without_network = libc.unshare(CLONE_NEWNET) == 0 or libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
-    sys.addaudithook(_refuse)
-    return bool(without_network)
 
 
 class Worker:
@@ -126,8 +90,8 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
     """Ctrl-C reaches the whole process group; the supervisor decides when the worker ends."""
 
 
-def main() -> None:
-    """Start: import what training needs, isolate, then serve the two pipes."""
+def main(without_network: bool) -> None:
+    """Import what training needs, refuse sockets and processes from then on, serve the two pipes."""
     signal.signal(signal.SIGINT, _ignore)
     # Standard output is the pipe; a library that prints must not break the frames.
     replies = os.fdopen(os.dup(1), "wb")
@@ -138,10 +102,6 @@ def main() -> None:
 
     torch.set_num_threads(max(1, int(os.environ.get("WARDROUND_THREADS", "1"))))
     np.seterr(all="ignore")
-    isolated = isolate()
-    write_frame(replies, {"status": "ok", "network": "none" if isolated else "refused in Python only"})
+    refuse_sockets_and_processes()
+    write_frame(replies, {"status": "ok", "network": "none" if without_network else "refused in Python only"})
     serve(sys.stdin.buffer, replies)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Final
 
 from common.errors import UsageError
+from common.privacy.clipping import weight_limit
 from common.privacy.events import Event
 from common.privacy.gate import (
     Entropy,
@@ -110,6 +111,9 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
     if dim > MAX_WORDS:
         raise _refusal("contract.features", f"the model has {dim} parameters, more than {MAX_WORDS}")
     _check_codec(study)
+    _check_state_norm(study)
+    if study.aggregation.audit != "digests":
+        raise _refusal("aggregation.audit", "kept payloads are not offered in this version", 'Use "digests".')
     admitted = Admitted(
         manifest_digest=manifest.digest,
         layout=tensors,
@@ -146,6 +150,20 @@ def _gate_params(study: Study, dim: int) -> GateParams | PlainParams:
         )
     except UsageError as error:
         raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error
+
+
+def _check_state_norm(study: Study) -> None:
+    """eta holds for weights up to a norm; training checks its iterates against it too."""
+    privacy, contract = study.privacy, study.contract
+    if not isinstance(privacy, DifferentialPrivacy) or privacy.arithmetic != "f64_bounded":
+        return
+    limit = weight_limit(privacy.max_patients, privacy.clip_norm, contract.rows_per_patient, contract.width)
+    if study.aggregation.state_norm_bound > limit:
+        raise _refusal(
+            "aggregation.state_norm_bound",
+            f"the bound on rounding errors holds for models of norm up to {limit:.6g} only",
+            "Lower state_norm_bound, or use arithmetic f32_assumed.",
+        )
 
 
 def _check_codec(study: Study) -> None:

@@ -138,7 +138,7 @@ def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float
         policy = tomllib.loads(policy_path.read_text(encoding="utf-8"))
         policy["register"] |= {"epsilon_t": epsilon, "epsilon_w": epsilon, "delta": DELTA}
         policy["rules"]["coordinators"] = [hub["coordinator_key"]]
-        policy["data"] = {"breast-cancer": {"source": f"csv:{table}"}}
+        policy["data"] = {"breast-cancer": {"source": f"csv:{table}", "patient": "patient"}}
         policy_path.write_text(tomli_w.dumps(policy), encoding="utf-8")
 
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
@@ -184,7 +184,17 @@ def _approve(processes: Processes, site: Site, digest: str) -> None:
         return any(entry["digest"] == digest for entry in pending["studies"])
 
     _until(arrived, f"the study did not reach {site.name}")
-    processes.json("site", "approve", digest, "--home", str(site.home), "--yes", "--by", "demo")
+    processes.json(
+        "site",
+        "approve",
+        digest,
+        "--home",
+        str(site.home),
+        "--yes",
+        "--fingerprints-compared",
+        "--by",
+        "demo",
+    )
 
 
 def _until(condition: Callable[[], bool], problem: str) -> None:

@@ -57,7 +57,7 @@ def small_study(members: list[str], **changes: Any) -> dict[str, Any]:
         "aggregation": {
             "upload_s": 20,
             "deadline_s": 40,
-            "state_norm_bound": 1000.0,
+            "state_norm_bound": 100.0,
             "codec": {"bits": 32, "step": 0.00001, "range": 100.0, "rounding": "nearest"},
         },
         "contract": {
@@ -118,7 +118,7 @@ class Federation:
                 number,
                 register={"epsilon_t": self.epsilon, "epsilon_w": self.epsilon},
                 rules={"coordinators": [made.coordinator_key], **self.rules},
-                data={"extract": {"source": f"csv:{home.folder / 'extract.csv'}"}},
+                data={"extract": {"source": f"csv:{home.folder / 'extract.csv'}", "patient": "patient"}},
             )
         self.coordinator = str(self.hub_home.coordinator)
 
@@ -177,7 +177,9 @@ class Federation:
         """``site approve`` by a person who says yes."""
         self.wait_for_offer(number, digest)
         home = str(self.sites[number - 1].folder)
-        return self.processes.json("site", "approve", digest, "--home", home, "--yes", "--by", "a tester")
+        return self.processes.json(
+            "site", "approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "a tester"
+        )
 
     def approve_all(self, digest: str) -> None:
         """Every site approves."""

@@ -74,7 +74,7 @@ def allow(folder: Path, number: int, coordinator: str) -> None:
     (folder / "extract.csv").write_text("\n".join(rows) + "\n")
     policy = tomllib.loads((folder / "policy.toml").read_text())
     policy["rules"]["coordinators"] = [coordinator]
-    policy["data"] = {"extract": {"source": f"csv:{folder / 'extract.csv'}"}}
+    policy["data"] = {"extract": {"source": f"csv:{folder / 'extract.csv'}", "patient": "patient"}}
     (folder / "policy.toml").write_text(tomli_w.dumps(policy))
 
 
@@ -110,11 +110,21 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
             subprocess.run(["sleep", "0.1"], check=True)
     listing = newcomer.run("site approve --home")
     assert newcomer.digest[:12] in listing
-    text = newcomer.run("site approve DIGEST", "--yes", "--by", "a newcomer")
+    text = newcomer.run("site approve DIGEST", "--yes", "--fingerprints-compared", "--by", "a newcomer")
     for shown in ("purpose", "n = 3, t = 1", "m = 3", "compare      Northgate", "approved"):
         assert shown in text
     for name in OTHERS:
-        newcomer.wardround("site", "approve", newcomer.digest, "--home", name.lower(), "--yes", "--by", "x")
+        newcomer.wardround(
+            "site",
+            "approve",
+            newcomer.digest,
+            "--home",
+            name.lower(),
+            "--yes",
+            "--fingerprints-compared",
+            "--by",
+            "x",
+        )
     assert "done" in newcomer.run("study watch")
     newcomer.run("study export")
     assert (folder / "model.safetensors").stat().st_size > 0

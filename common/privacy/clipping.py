@@ -57,6 +57,16 @@ def eta(arithmetic: Arithmetic, max_patients: int, terms_per_patient: int = 1) -
     return bound
 
 
+def weight_limit(max_patients: int, clip_norm: float, rows_per_patient: int, width: int) -> float:
+    """The norm of a linear model's weights up to which eta covers that rows share a matrix product.
+
+    A row's logits may be added up in another order when other rows are present: they then differ by at most
+    2 (w+2) 2^-53 sqrt(w+1) |W|, its softmax gradient by 2 sqrt(w+1) times that, a patient's by K times, the
+    sum over B patients by B times. eta leaves 2046 B^2 2^-53 C for it; 250 B C / (K (w+2) (w+1)) uses half.
+    """
+    return 250.0 * max_patients * clip_norm / (rows_per_patient * (width + 2) * (width + 1))
+
+
 def check_grid(clip_norm: Fraction, grid_step: Fraction, dim: int) -> None:
     """Refuse a grid whose rounding is not small beside the clip norm: sqrt(d) step <= 0.01 C, exactly.
 

@@ -22,8 +22,8 @@ from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import RefusedError
-from common.privacy.clipping import clip, sanitise
+from common.errors import FailureError, RefusedError
+from common.privacy.clipping import clip, sanitise, weight_limit
 from common.privacy.gate import Gate, LocalGate, PlainGate, Vector
 from common.study import DifferentialPrivacy, Study
 from common.tasks.models import build
@@ -152,7 +152,7 @@ def train_local(
     Guarantee: the_torch_seed_reaches_nothing - results don't depend on it, and it is not advanced.
     Assumes: the gate was made for this study's clip norm; entries of ``x`` are in [-1, 1]. The last bits of a
     row's gradient depend on which other rows share its matrix product; eta (``clipping.eta``) covers that
-    while the weights' norm is at most about 1000 B C / (K (width + 1)^2), for K rows a patient.
+    up to ``clipping.weight_limit``, which is checked before every step.
 
     Raises: RefusedError for a gate that does not fit the study's privacy, a model that Opacus' validator
     refuses, or more patients than max_patients.
@@ -188,12 +188,28 @@ def train_local(
         )
         piece_rows = max(1, PIECE_SIZE_BYTES // (8 * size(tensors)))
         for done in range(1, training.steps + 1):
+            _check_norm(module, study)
             chosen = gate.coins(patient_count)
             _step(wrapped, optimizer, rows, chosen, piece_rows)
             progress(done, training.steps)
         end = flatten({name: p.detach().numpy() for name, p in module.named_parameters()}, tensors)
 
     return end - start
+
+
+def _check_norm(module: nn.Module, study: Study) -> None:
+    """Refuse weights for which eta does not hold; they are released values, so this tells nothing."""
+    privacy, contract = study.privacy, study.contract
+    if not isinstance(privacy, DifferentialPrivacy) or privacy.arithmetic != "f64_bounded":
+        return
+    limit = weight_limit(privacy.max_patients, privacy.clip_norm, contract.rows_per_patient, contract.width)
+    norm = torch.linalg.vector_norm(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    if not norm <= limit:
+        raise FailureError(
+            "training.diverged",
+            "the weights have grown past what the bound on rounding errors covers",
+            remedy="Lower training.learning_rate.",
+        )
 
 
 def _by_patient(

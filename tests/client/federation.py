@@ -82,7 +82,7 @@ class Federation:
                 number,
                 register={"epsilon_t": epsilon, "epsilon_w": epsilon},
                 rules={"coordinators": [self.coordinator], **rules},
-                data={"extract": {"source": f"csv:{home.folder / 'extract.csv'}"}},
+                data={"extract": {"source": f"csv:{home.folder / 'extract.csv'}", "patient": "patient"}},
             )
 
     @property

@@ -157,11 +157,24 @@ def test_anything_but_yes_decides_nothing(federation: Federation, home: Path, an
 
 def test_a_script_says_yes_in_advance_and_reads_json(federation: Federation, home: Path) -> None:
     digest = federation.receive(1, federation.manifest())
-    told = data("approve", digest, "--home", home, "--yes", "--by", "Dr. Roe", "--reason", "ethics 7/26")
+    told = data(
+        "approve",
+        digest,
+        "--home",
+        home,
+        "--yes",
+        "--fingerprints-compared",
+        "--by",
+        "Dr. Roe",
+        "--reason",
+        "ethics 7/26",
+    )
     assert (told["digest"], told["decision"], told["rounds"]) == (digest, "approved", 3)
     assert set(told["new_fingerprints"]) == {federation.name(2), federation.name(3)}
     assert decisions(federation) == [("approved", "Dr. Roe: ethics 7/26")]
-    again = data("approve", digest, "--home", home, "--yes", "--by", "Dr. Roe", "--deny")
+    again = data(
+        "approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "Dr. Roe", "--deny"
+    )
     assert again == {"digest": digest, "name": "small", "decision": "denied"}
     assert decisions(federation)[-1] == ("denied", "Dr. Roe: denied")
 
@@ -171,27 +184,36 @@ def test_a_decision_names_who_took_it(
 ) -> None:
     digest = federation.receive(1, federation.manifest())
     monkeypatch.delenv("USER", raising=False)
-    assert failure("approve", digest, "--home", home, "--yes", code=2)["code"] == "site.by"
     assert (
-        failure("approve", digest, "--home", home, "--yes", "--by", "a\nb", code=2)["code"] == "ledger.reason"
+        failure("approve", digest, "--home", home, "--yes", "--fingerprints-compared", code=2)["code"]
+        == "site.by"
+    )
+    assert (
+        failure(
+            "approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "a\nb", code=2
+        )["code"]
+        == "ledger.reason"
     )
     assert decisions(federation) == []
     monkeypatch.setenv("USER", "roe")
-    assert run("approve", digest, "--home", home, "--yes").exit_code == 0
+    assert run("approve", digest, "--home", home, "--yes", "--fingerprints-compared").exit_code == 0
     assert decisions(federation) == [("approved", "roe: approved")]
 
 
 def test_an_unknown_digest_is_a_usage_error(home: Path) -> None:
-    assert failure("approve", "abcdef", "--home", home, "--yes", code=2)["code"] == "site.digest"
+    assert (
+        failure("approve", "abcdef", "--home", home, "--yes", "--fingerprints-compared", code=2)["code"]
+        == "site.digest"
+    )
 
 
 def test_what_the_policy_forbids_can_be_denied_only(federation: Federation, home: Path) -> None:
     digest = federation.receive(1, federation.manifest())
     federation.edit_policy(1, rules={"coordinators": []})
-    command = ("approve", digest, "--home", home, "--yes", "--by", "t")
+    command = ("approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "t")
     refusal = failure(*command, code=3)
     assert refusal["code"] == "policy.coordinator"
-    assert federation.coordinator in refusal["hint"]
+    assert "rules.coordinators" in refusal["hint"]
     assert decisions(federation) == []
     result = run(*command, "--deny")
     assert result.exit_code == 0
@@ -203,7 +225,9 @@ def test_what_the_policy_forbids_can_be_denied_only(federation: Federation, home
 def test_too_little_budget_is_exit_4(federation: Federation, home: Path) -> None:
     digest = federation.receive(1, federation.manifest())
     federation.edit_policy(1, register={"epsilon_t": 0.5, "epsilon_w": 0.5})
-    refusal = failure("approve", digest, "--home", home, "--yes", "--by", "t", code=4)
+    refusal = failure(
+        "approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "t", code=4
+    )
     assert (refusal["code"], refusal["rounds_left"]) == ("budget.exhausted", 0)
     assert decisions(federation) == []
 
@@ -213,13 +237,24 @@ def test_an_altered_study_is_exit_5(federation: Federation, home: Path) -> None:
     path = federation.sites[1].study(digest)
     path.write_bytes(path.read_bytes().replace(b'"rounds":3', b'"rounds":9'))
     for options in ((), ("--deny",)):
-        failure("approve", digest, "--home", home, "--yes", "--by", "t", *options, code=5)
+        failure(
+            "approve",
+            digest,
+            "--home",
+            home,
+            "--yes",
+            "--fingerprints-compared",
+            "--by",
+            "t",
+            *options,
+            code=5,
+        )
     assert decisions(federation) == []
 
 
 def test_data_that_break_the_contract_are_exit_7(federation: Federation, home: Path) -> None:
     digest = federation.receive(1, federation.manifest())
-    command = ("approve", digest, "--home", home, "--yes", "--by", "t")
+    command = ("approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "t")
     federation.write_extract(1, [(CANARY, CANARY, CANARY)], "patient,age,readmitted")
     refusal = failure(*command, code=7)
     assert refusal["code"] == "source.column"

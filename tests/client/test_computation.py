@@ -50,7 +50,9 @@ def running(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     admitted = check(manifest, None)
     extract = federation.sites[1].folder / "extract.csv"
     os.environ[SECRET] = "must not be passed on"
-    computation = Computation(manifest.to_bytes(), DataSource(source=f"csv:{extract}"), bytes(32))
+    computation = Computation(
+        manifest.to_bytes(), DataSource(source=f"csv:{extract}", patient="patient"), bytes(32)
+    )
     state = state_bytes(initial_state(manifest), admitted.layout)
     yield Running(computation, extract, state, admitted.dim)
     computation.end()

@@ -121,7 +121,7 @@ def test_a_lost_ledger_closes_the_site(federation: Federation) -> None:
 
 
 def test_over_budget_is_refused_and_nothing_is_appended(federation: Federation, guard: Guard) -> None:
-    manifest = federation.manifest()
+    manifest = federation.manifest(training__rounds=500)
     admitted = check(manifest, None)
     rounds = guard.rounds_left(manifest, admitted)
     assert 2 <= rounds < 100
@@ -144,7 +144,7 @@ def test_over_budget_is_refused_and_nothing_is_appended(federation: Federation, 
 
 
 def test_nothing_is_charged_over_the_cap(federation: Federation) -> None:
-    manifest = federation.manifest()
+    manifest = federation.manifest(training__rounds=500)
     admitted = check(manifest, None)
     first = federation.guard(1)
     affordable = first.rounds_left(manifest, admitted)
@@ -461,3 +461,50 @@ def test_split_keys_belong_to_one_site_register_and_study(federation: Federation
                 other.split_key(secret, man)}) == 4  # fmt: skip
     assert guard.split_key(secret, man) == key
     other.close()
+
+
+def test_no_more_rounds_are_charged_than_were_approved(federation: Federation, guard: Guard) -> None:
+    manifest = federation.manifest(training__rounds=2, aggregation__rounds_max=50)
+    admitted = check(manifest, None)
+    guard.charge(manifest, admitted, 1)
+    guard.charge(manifest, admitted, 7)
+    before = federation.entries(1)
+    refused(lambda: guard.charge(manifest, admitted, 8), RefusedError, "guard.rounds-spent")
+    assert federation.entries(1) == before
+
+
+def test_a_study_on_another_patient_column_is_refused(federation: Federation, guard: Guard) -> None:
+    guard.check_runnable(federation.manifest())
+    visits = federation.manifest(contract__patient="visit")
+    refused(lambda: guard.check_runnable(visits), RefusedError, "policy.patient")
+
+
+def test_a_restored_ledger_is_refused(federation: Federation) -> None:
+    home = federation.sites[1]
+    guard = federation.guard(1)
+    guard.close()
+    kept = {path: path.read_bytes() for path in home.folder.glob("ledger.db*")}
+    guard = federation.guard(1)
+    manifest = federation.manifest()
+    guard.charge(manifest, check(manifest, None), 1)
+    guard.close()
+    for path in home.folder.glob("ledger.db*"):
+        path.unlink()
+    for path, data in kept.items():
+        path.write_bytes(data)
+    refused(lambda: federation.guard(1), RefusedError, "guard.ledger-behind")
+
+
+def test_without_dp_a_register_keeps_to_one_set_of_hospitals(federation: Federation, guard: Guard) -> None:
+    federation.edit_policy(1, rules={"allow_studies_without_differential_privacy": True})
+    first = federation.manifest(privacy=WITHOUT_DP)
+    federation.receive(1, first)
+    guard.charge(first, check(first, None), 1)
+    same = federation.manifest(name="again", privacy=WITHOUT_DP)
+    guard.charge(same, check(same, None), 1)
+    federation.receive(1, same)
+    other = federation.manifest((1, 2, 3, 4), name="other", privacy=WITHOUT_DP)
+    refused(lambda: guard.charge(other, check(other, None), 1), RefusedError, "guard.no-dp-members")
+    # Without the document of the first study nobody can say who was in it: refused as well.
+    federation.sites[1].study(first.digest.hex()).unlink()
+    refused(lambda: guard.charge(same, check(same, None), 2), RefusedError, "studies.unknown")

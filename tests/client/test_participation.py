@@ -467,7 +467,7 @@ def no_policy(hub: Hub) -> None:
 
 def no_source(hub: Hub) -> None:
     approved(hub)
-    hub.federation.edit_policy(1, data={"extract": {"source": "csv:/x"}, "other": {"source": "csv:/x"}})
+    hub.federation.edit_policy(1, data={"other": {"source": "csv:/x", "patient": "patient"}})
     path = hub.federation.sites[1].policy
     path.write_text(path.read_text().replace("data.extract", "data.renamed"), encoding="utf-8")
 

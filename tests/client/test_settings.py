@@ -88,7 +88,7 @@ def test_malformed_addresses_are_refused(hub: str) -> None:
         ({"rules": {"allow_studies_without_differential_privacy": 1}}, "rules.allow_studies"),
         ({"data": {"x": {"source": "postgres://host"}}}, "data.x.source"),
         ({"data": {"x": {"source": "csv:"}}}, "data.x.source"),
-        ({"data": {"x": {"source": "csv:/a", "password": "p"}}}, "data.x.password"),
+        ({"data": {"x": {"source": "csv:/a", "patient": "p", "password": "p"}}}, "data.x.password"),
     ],
 )
 def test_every_broken_rule_names_its_field(tmp_path: Path, tables: dict[str, Any], field: str) -> None:
@@ -126,7 +126,7 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 
 
 def test_a_source_is_a_kind_and_a_path() -> None:
-    source = DataSource(source="parquet:/srv/a:b.parquet")
+    source = DataSource(source="parquet:/srv/a:b.parquet", patient="id")
     assert (source.kind, source.path) == ("parquet", Path("/srv/a:b.parquet"))
 
 

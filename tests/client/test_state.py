@@ -109,9 +109,11 @@ def test_every_path_is_inside_the_folder_and_secrets_of_runs_are_apart(tmp_path:
     home = SiteHome(tmp_path)
     names = [name for name, value in vars(SiteHome).items() if isinstance(value, property)]
     paths = [getattr(home, name) for name in names] + [home.study("ab" * 32)]
-    assert len(set(paths)) == len(paths) == 12
+    assert len(set(paths)) == len(paths) == 13
     assert all(tmp_path in path.parents for path in paths)
-    assert not any(path.parent == home.runs.parent for path in paths if path != home.runs)
+    assert not any(
+        path.parent == home.runs.parent for path in paths if path not in (home.runs, home.ledger_mark)
+    )
 
 
 def test_one_agent_lives_on_a_folder(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from client.frames import read_frame, write_frame
-from client.worker import FORBIDDEN_EVENTS, Worker, serve
+from client.isolation import FORBIDDEN_EVENTS
+from client.worker import Worker, serve
 from common.admissible import check
 from common.errors import FailureError
 from common.study import Manifest
@@ -166,8 +167,9 @@ ATTEMPTS = {
 }
 PROBE = """
 import resource, socket, subprocess, sys, urllib.request
-from client.worker import isolate
-without_network = isolate()
+from client.isolation import cut_off, refuse_sockets_and_processes
+without_network = cut_off()
+refuse_sockets_and_processes()
 assert resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
 for line in sys.stdin.read().splitlines():
     try:

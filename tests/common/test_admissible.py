@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from common.admissible import TASK, Admitted, check
 from common.errors import UsageError
 from common.identity import key_text
+from common.privacy.clipping import weight_limit
 from common.privacy.events import Event
 from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams
 from common.study import Manifest, Party, Study
@@ -169,7 +170,7 @@ def test_planned_events_exist(
         assert (event.manifest_digest, event.steps, event.dim) == (whole.digest.hex(), steps, DIM)
         assert (event.members, event.u_size, event.t) == (4, 4, 1)
         return
-    assert refused.startswith("study.privacy")
+    assert refused.startswith(("study.privacy", "study.aggregation.state_norm_bound"))
 
 
 def test_the_admitted_gate_fits_the_study() -> None:
@@ -224,3 +225,18 @@ def test_checking_needs_neither_torch_nor_flower() -> None:
     code = f"import sys, common.admissible; sys.exit(any(name in sys.modules for name in {heavy}))"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_model_past_the_arithmetic_bound_is_refused() -> None:
+    limit = weight_limit(10_000, 1.0, 1, 30)
+    assert 2000 < limit < 3000
+    check(manifest(aggregation={"state_norm_bound": math.floor(limit) * 1.0}), None)
+    with pytest.raises(UsageError) as caught:
+        check(manifest(aggregation={"state_norm_bound": limit * 1.001}), None)
+    assert caught.value.code == "study.aggregation.state_norm_bound"
+
+
+def test_kept_payloads_are_refused_until_they_are_kept() -> None:
+    with pytest.raises(UsageError) as caught:
+        check(manifest(aggregation={"audit": "payloads"}), None)
+    assert caught.value.code == "study.aggregation.audit"

@@ -126,7 +126,17 @@ def test_a_register_that_cannot_pay_refuses_to_approve(tmp_path: Path, processes
     federation.wait_for_offer(1, digest)
     home = str(federation.sites[0].folder)
     running = processes.start(
-        "approve", "site", "approve", digest, "--home", home, "--yes", "--by", "t", "--json"
+        "approve",
+        "site",
+        "approve",
+        digest,
+        "--home",
+        home,
+        "--yes",
+        "--fingerprints-compared",
+        "--by",
+        "t",
+        "--json",
     )
     lines = list(running.lines(30))
     assert running.process.wait(10) == 4
@@ -199,6 +209,7 @@ def test_a_denial_ends_the_study(tmp_path: Path, processes: Processes) -> None:
         "--by",
         "t",
         "--yes",
+        "--fingerprints-compared",
     )
     last = federation.watch(digest)[-1]
     assert last["status"] == "denied"

@@ -10,7 +10,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from common.errors import RefusedError
+from common.errors import FailureError, RefusedError
 from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams, to_grid
 from common.study import Study
 from common.tasks import training
@@ -325,7 +325,8 @@ def test_neighbours_differ_by_at_most_delta_g_on_the_grid(counts, seed):
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_an_empty_batch_is_a_noised_step(n):
+def test_an_empty_batch_is_a_noised_step(n, monkeypatch):
+    monkeypatch.setattr(training, "weight_limit", lambda *_: np.inf)  # such steps leave any model behind
     # At this rate no coin of three falls in the first tosses of the seed.
     study = make_study(steps=4, rate=0.001)
     gate = make_gate(study)
@@ -646,3 +647,12 @@ def test_pieces_cover_all_rows_and_split_no_patient(counts, piece_rows):
         stop - begin <= piece_rows or len(o) == 1 for (begin, stop), o in zip(pieces, owners, strict=True)
     )
     assert all(owners) or len(patients) == 0
+
+
+def test_weights_past_the_arithmetic_bound_are_refused_before_any_step(monkeypatch):
+    study = make_study(steps=3)
+    gate = make_gate(study)
+    monkeypatch.setattr(training, "weight_limit", lambda *_: 1e-9)
+    with pytest.raises(FailureError, match="weights"):
+        train(study, make_rows(0, [1] * 5), gate)
+    assert gate.sums == []
