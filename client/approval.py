@@ -15,7 +15,7 @@ from client.state import SiteHome
 from client.studies import StudyFolder
 from common.admissible import Admitted
 from common.errors import ContractError
-from common.identity import read_secret
+from common.identity import fingerprint, key_bytes, read_secret
 from common.privacy.filter import odometer
 from common.roster import Roster
 from common.study import DifferentialPrivacy, Manifest
@@ -106,6 +106,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"legal basis  {study.legal_basis}",
         f"contact      {study.contact}",
         f"coordinator  {manifest.coordinator}",
+        f"hub          {fingerprint(key_bytes(manifest.hub))}",
         f"digest       {manifest.digest.hex()}",
         f"members      {', '.join(party.name for party in manifest.members)}",
     ]

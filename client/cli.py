@@ -16,6 +16,7 @@ import typer
 from client.approval import offered, review, summary
 from client.guard import Guard
 from client.identity import SiteIdentity, create_site
+from client.settings import SiteSettings, load
 from client.state import SiteHome
 from client.studies import StudyFolder
 from common.console import JsonFlag, Outcome, command, log_to_stderr
@@ -92,11 +93,11 @@ def approve(
                     f"nobody has compared the fingerprints of {', '.join(found.new_fingerprints)}",
                     remedy="Compare them by telephone, then add --fingerprints-compared, or leave out --yes.",
                 )
+        if not yes and (as_json or not typer.confirm(f"{text}\n\n{'Deny' if deny else 'Approve'} it?")):
+            raise UsageError("site.not-confirmed", "nothing was decided", remedy="Answer yes, or give --yes.")
         who = by or os.environ.get("USER", "")
         if not who:
             raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")
-        if not yes and (as_json or not typer.confirm(f"{text}\n\n{'Deny' if deny else 'Approve'} it?")):
-            raise UsageError("site.not-confirmed", "nothing was decided", remedy="Answer yes, or give --yes.")
         decision = "denied" if deny else "approved"
         guard.decide(manifest, roster, decision, f"{who}: {reason or decision}")
         shown = text + "\n\n" if yes else ""
@@ -130,6 +131,7 @@ def run(
     """Run the agent: dial out to the hub and take part in approved studies until stopped."""
     log_to_stderr()
     site = SiteHome(home)
+    load(site.settings, SiteSettings)
     with site.locked():
         return _run_agent(site, once)
 

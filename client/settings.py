@@ -115,7 +115,9 @@ def load(path: Path, model: type[Model]) -> Model:
         return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise UsageError(
-            "settings.missing", f"{path} is missing", remedy="Run 'wardround site init' in a new folder."
+            "settings.missing",
+            f"{path} is missing",
+            remedy="Restore it; only a new site is made by 'wardround site init', in a new folder.",
         ) from error
     except OSError as error:
         raise UsageError(
@@ -150,13 +152,15 @@ POLICY_TEMPLATE: Final = """\
 # The population whose privacy budget this is. Made once; never edit the id.
 id = "{register_id}"
 # What all studies together may spend on any one patient: epsilon_t while at most t hospitals collude with
-# the hub, epsilon_w when every other hospital does.
+# the hub, epsilon_w when every other hospital does. The first command after admission fixes them: later they
+# may only be lowered.
 epsilon_t = 3.0
 epsilon_w = 3.0
 delta = 1e-6
 
 [rules]
-# Keys of the coordinators whose studies may be approved, as printed by 'wardround hub init'.
+# Keys of the coordinators whose studies may be approved, as printed by 'wardround hub init', for example
+# coordinators = ["ed25519:..."]
 coordinators = []
 minimum_hospitals = 3
 allow_studies_without_differential_privacy = false

@@ -292,7 +292,7 @@ def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
     table = Table(title="Accuracy on the public test set, and what it cost in privacy")
     table.add_column("model")
     table.add_column("accuracy", justify="right")
-    table.add_column("epsilon spent / cap", justify="right")
+    table.add_column("its ε in the private training / cap", justify="right")
     table.add_row("all hospitals together, private", f"[bold]{result['accuracy']:.3f}[/bold]", "")
     for site in result["sites"]:
         own = result["local_accuracy"][site["name"]]

@@ -110,7 +110,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
             subprocess.run(["sleep", "0.1"], check=True)
     listing = newcomer.run("site approve --home")
     assert newcomer.digest[:12] in listing
-    text = newcomer.run("site approve DIGEST", "--yes", "--fingerprints-compared", "--by", "a newcomer")
+    text = newcomer.run("site approve DIGEST", "--yes", "--fingerprints-compared")
     for shown in ("purpose", "n = 3, t = 1", "m = 3", "compare      Northgate", "approved"):
         assert shown in text
     for name in OTHERS:
