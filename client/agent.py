@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from common import flower, link_pb2, link_pb2_grpc
+from common import flower, link_pb2, link_pb2_grpc, messages
 from common.errors import RefusedError, UnreachableError, VerificationError
 from common.messages import PROTOCOL_VERSION
 from common.version import SOFTWARE_VERSION
@@ -33,6 +33,8 @@ HEARTBEAT_S = 5.0
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LAST_S = 5.0
 KEPT_REPLIES = 4
+# With a new round or the end of a run, openings and payloads of the round before are not kept (PROTOCOL I11).
+FORGETTING = (messages.READY.message_type, messages.CLOSE.message_type)
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
@@ -239,6 +241,8 @@ class Agent:
                 )
             finally:
                 self._working.discard(message_id)
+            if envelope.message_type in FORGETTING:
+                self._kept.clear()
             self._kept[message_id] = answer
             while len(self._kept) > KEPT_REPLIES:
                 self._kept.popitem(last=False)

@@ -112,10 +112,20 @@ class Computation:
 
         Guarantee: an_overrun_is_killed - a worker that takes longer than ``timeout_s`` is a dead one.
         """
-        timer = threading.Timer(timeout_s, self._kill)
+        overrun = threading.Event()
+
+        def stop() -> None:
+            overrun.set()
+            self._kill()
+
+        timer = threading.Timer(timeout_s, stop)
         timer.start()
         try:
             self.start()
+            if overrun.is_set():
+                # The time was over before there was a process to kill.
+                self.end()
+                raise FailureError("worker.died", "the round's time was over before the worker was ready")
             with self._lock:
                 result = self._ask({"op": "compute"}, state)
         finally:

@@ -32,7 +32,6 @@ from common.version import SOFTWARE_VERSION
 log = logging.getLogger("wardround.hub.link")
 
 MAX_FRAME_BYTES = 8 << 20
-SILENCE_LIMIT_S = 30.0
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),

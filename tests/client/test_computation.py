@@ -125,6 +125,13 @@ def test_an_overrun_is_killed(running: Running) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_time_that_is_over_at_once_gives_no_result(running: Running) -> None:
+    running.computation.end()
+    with pytest.raises(FailureError):
+        running.compute(timeout_s=0.0)
+    running.compute()
+
+
 def test_a_failed_start_is_mended_by_mending_the_file(running: Running) -> None:
     running.computation.end()
     aside = running.extract.with_suffix(".aside")

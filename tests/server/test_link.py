@@ -284,3 +284,21 @@ def test_a_port_in_use_is_a_clear_error(pki: Pki) -> None:
         with pytest.raises(FailureError, match="cannot listen"):
             second.start()
         second.stop()
+
+
+def test_a_new_round_forgets_the_replies_before_it(pki: Pki) -> None:
+    calls: list[bytes] = []
+
+    def count(message: flower.Message) -> flower.Message:
+        calls.append(flower.body_of(message))
+        return flower.reply(message, b"reply")
+
+    with running_link(pki) as link, RunningAgent(link, pki.client(1), 1, count):
+        wait_until(lambda: 1 in link.online())
+        got: list[bytes] = []
+        kinds = ("train.open", "train.open", "train.ready", "train.open")
+        for number, (kind, name) in enumerate(zip(kinds, ("o", "o", "r", "o"), strict=True), start=1):
+            envelope = link_pb2.Envelope(message_id=name, message_type=kind, body=name.encode(), ttl_s=60)
+            link.request(1, envelope, None, None, lambda reply: got.append(reply.body))
+            wait_until(lambda number=number: len(got) == number)  # type: ignore[misc]
+        assert calls == [b"o", b"r", b"o"]
