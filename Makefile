@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ONLY ?=
 LIMIT := 15000
 
-.PHONY: demo test lint format bench stubs lines
+.PHONY: demo test lint format bench faults stubs lines
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench $(ONLY)
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 stubs: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. common/link.proto

@@ -1,14 +1,17 @@
 """The hospital's end of the link: one outbound stream, requests in, replies out, reconnecting for ever.
 
 Source: DESIGN "Built on Flower, carried by gRPC". Rules: nothing listens; a request is answered once and
-its reply is kept, so that the same request sent again gets the same bytes; requests run one at a time in
-a thread of their own, so a long computation never silences the heartbeat; the state that comes beside a
-request is taken chunk by chunk, each against its digest, and is refused past its announced size.
+its reply is kept, so that the same request sent again gets the same bytes; a payload is sent chunk by chunk
+as the hub asks for it; requests of one study run in the order in which they came, in threads of their own: a
+long computation silences neither the heartbeat nor another study, and the end of a study overtakes all; what
+comes beside a request is taken chunk by chunk, each against its digest, and refused past its announced size;
+a hub that is silent is left and tried again.
 """
 
 import asyncio
 import hashlib
 import logging
+import math
 import random
 import time
 from collections import OrderedDict
@@ -16,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc
 import grpc.aio
@@ -29,10 +33,16 @@ log = logging.getLogger("wardround.site.link")
 
 MAX_ATTACHMENT_BYTES = 1 << 30
 MAX_FRAME_BYTES = 8 << 20
-HEARTBEAT_S = 5.0
+MAX_IN_FLIGHT = 32
+MAX_CONCURRENT = 8
+OUTBOUND_FRAMES = 64
+HEARTBEAT_S = 2.0
+SILENCE_S = 8.0
+WATCH_S = 1.0
 BACKOFF_FIRST_S = 0.2
 BACKOFF_LAST_S = 5.0
 KEPT_REPLIES = 4
+MAX_KEPT = 256
 # With a new round or the end of a run, openings and payloads of the round before are not kept (PROTOCOL I11).
 FORGETTING = (messages.READY.message_type, messages.CLOSE.message_type)
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -62,8 +72,8 @@ class _Incoming:
         self.chunks: list[bytes] = []
         self.left = envelope.attachment_bytes
 
-    def add(self, chunk: link_pb2.Chunk) -> bool:
-        """Take the next chunk; true when the attachment is whole."""
+    def add(self, chunk: link_pb2.Chunk) -> None:
+        """Take the next chunk."""
         if chunk.index != len(self.chunks) or not 0 < len(chunk.data) <= min(
             self.left, flower.CHUNK_SIZE_BYTES
         ):
@@ -72,14 +82,17 @@ class _Incoming:
             raise VerificationError("link.chunk-digest", "a chunk of the state does not match its digest")
         self.chunks.append(chunk.data)
         self.left -= len(chunk.data)
-        return self.left == 0
 
 
 class Agent:
     """Keeps the stream to the hub and hands every request to ``answer``.
 
-    ``answer`` is the ClientApp bound to its context: Message in, Message out; it runs in one worker
-    thread. ``finished`` is asked after every reply; when it says true the agent ends.
+    ``answer`` is the ClientApp bound to its context: Message in, Message out; it is called from a thread for
+    each study, and from one more for the end of a study. ``watch`` is called every second, in a thread;
+    ``interrupt`` once, when the agent is told to stop, to end what is being computed. ``finished`` is asked
+    after every reply; when it says true the agent ends.
+
+    Guarantee: replies_are_idempotent - a request sent again gets the bytes of its first reply.
     """
 
     def __init__(
@@ -91,18 +104,29 @@ class Agent:
         certificate_pem: bytes,
         authority_pem: bytes,
         answer: Callable[[flower.Message], flower.Message],
+        watch: Callable[[], object] = lambda: None,
+        interrupt: Callable[[], object] = lambda: None,
         finished: Callable[[], bool] = lambda: False,
     ) -> None:
         self._address = address
         self._site_id = site_id
         self._credentials = grpc.ssl_channel_credentials(authority_pem, key_pem, certificate_pem)
         self._answer = answer
+        self._watch = watch
+        self._interrupt = interrupt
         self._finished = finished
         self._kept: OrderedDict[str, Answer] = OrderedDict()
         self._working: set[str] = set()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="round")
+        self._orders: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._room = asyncio.Semaphore(MAX_IN_FLIGHT)
+        self._held_bytes = 0
+        self._released = asyncio.Condition()
+        self._executor = ThreadPoolExecutor(max_workers=MAX_CONCURRENT, thread_name_prefix="study")
+        # The end of a study and the watch must not wait for computations.
+        self._urgent = ThreadPoolExecutor(max_workers=2, thread_name_prefix="urgent")
         self._stop = asyncio.Event()
-        self._outbound: asyncio.Queue[link_pb2.SiteFrame | Answer] = asyncio.Queue()
+        self._outbound: asyncio.Queue[link_pb2.SiteFrame] = asyncio.Queue()
+        self._heard = time.monotonic()
         flower.assume_identity(site_id)
 
     def stop(self) -> None:
@@ -115,6 +139,7 @@ class Agent:
         Raises: RefusedError when the hub refuses this identity; UnreachableError is retried, never raised.
         """
         backoff_s = BACKOFF_FIRST_S
+        watching = asyncio.create_task(self._watching())
         try:
             while not self._stop.is_set():
                 started = time.monotonic()
@@ -132,7 +157,14 @@ class Agent:
                     await self._stopped_within(wait_s)
                     backoff_s = min(BACKOFF_LAST_S, backoff_s * 2)
         finally:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+            watching.cancel()
+            self._interrupt()
+            for executor in (self._executor, self._urgent):
+                executor.shutdown(wait=True, cancel_futures=True)
+
+    async def _watching(self) -> None:
+        while not await self._stopped_within(WATCH_S):
+            await asyncio.get_running_loop().run_in_executor(self._urgent, self._watch)
 
     async def _stopped_within(self, seconds: float) -> bool:
         try:
@@ -144,21 +176,29 @@ class Agent:
     async def _attached(self) -> None:
         # A reply computed while the stream was down must go out on the new one: always the current queue.
         self._outbound = asyncio.Queue()
+        self._heard = time.monotonic()
         async with grpc.aio.secure_channel(self._address, self._credentials, options=OPTIONS) as channel:
             call: Any = link_pb2_grpc.LinkStub(channel).Attach(self._frames(self._outbound))  # type: ignore[no-untyped-call]
             reader = asyncio.create_task(self._read(call))
-            stopper = asyncio.create_task(self._stop.wait())
+            ends = [reader, asyncio.create_task(self._stop.wait()), asyncio.create_task(self._silence())]
             try:
-                await asyncio.wait({reader, stopper}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 if reader.done():
                     reader.result()
                     raise UnreachableError("link.ended", "the hub ended the stream")
+                if not self._stop.is_set():
+                    raise UnreachableError("link.silent", f"the hub was silent for {SILENCE_S:.0f} s")
             except grpc.aio.AioRpcError as error:
                 raise self._explain(error) from error
             finally:
-                stopper.cancel()
-                reader.cancel()
+                for end in ends:
+                    end.cancel()
                 call.cancel()
+
+    async def _silence(self) -> None:
+        """Ends when nothing has come for too long."""
+        while (left_s := self._heard + SILENCE_S - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, WATCH_S))
 
     def _explain(self, error: grpc.aio.AioRpcError) -> UnreachableError | RefusedError:
         if error.code() == grpc.StatusCode.PERMISSION_DENIED:
@@ -174,31 +214,23 @@ class Agent:
         )
 
     async def _frames(
-        self, outbound: "asyncio.Queue[link_pb2.SiteFrame | Answer]"
+        self, outbound: "asyncio.Queue[link_pb2.SiteFrame]"
     ) -> AsyncIterator[link_pb2.SiteFrame]:
         yield link_pb2.SiteFrame(
             greeting=link_pb2.Greeting(protocol_version=PROTOCOL_VERSION, software_version=SOFTWARE_VERSION)
         )
         while True:
             try:
-                item = await asyncio.wait_for(outbound.get(), HEARTBEAT_S)
+                yield await asyncio.wait_for(outbound.get(), HEARTBEAT_S)
             except TimeoutError:
                 yield link_pb2.SiteFrame(heartbeat=link_pb2.Heartbeat())
-                continue
-            if isinstance(item, Answer):
-                yield link_pb2.SiteFrame(reply=item.envelope)
-                for index, data in enumerate(item.attachment):
-                    yield link_pb2.SiteFrame(
-                        chunk=link_pb2.Chunk(message_id=item.envelope.message_id, index=index, data=data)
-                    )
-            else:
-                yield item
 
     async def _read(self, call: Any) -> None:
-        incoming: dict[str, _Incoming] = {}
+        arriving: _Incoming | None = None
         tasks: set[asyncio.Task[None]] = set()
         greeted = False
         async for frame in call:
+            self._heard = time.monotonic()
             which = frame.WhichOneof("frame")
             if not greeted:
                 if which != "greeting" or frame.greeting.protocol_version != PROTOCOL_VERSION:
@@ -207,50 +239,91 @@ class Agent:
                     )
                 greeted = True
                 log.info("attached to the hub at %s", self._address)
-                continue
-            whole: tuple[link_pb2.Envelope, list[bytes]] | None = None
-            if which == "request":
-                if frame.request.attachment_bytes:
-                    incoming[frame.request.message_id] = _Incoming(frame.request)
-                else:
-                    whole = (frame.request, [])
+            elif which == "request":
+                # The hub sends a request and all that comes beside it, then the next one.
+                arriving = _Incoming(frame.request)
             elif which == "chunk":
-                arriving = incoming.get(frame.chunk.message_id)
-                if arriving is None:
+                if arriving is None or arriving.envelope.message_id != frame.chunk.message_id:
                     raise VerificationError("link.chunk", "a chunk belongs to no request")
-                if arriving.add(frame.chunk):
-                    del incoming[frame.chunk.message_id]
-                    whole = (arriving.envelope, arriving.chunks)
-            else:
+                arriving.add(frame.chunk)
+            elif which == "want":
+                self._send_chunks(frame.want)
+            elif which != "heartbeat":
                 raise VerificationError("link.frame", "the hub sent a frame that does not belong here")
-            if whole is not None:
-                task = asyncio.create_task(self._serve(*whole))
+            if arriving is not None and not arriving.left:
+                await self._take_room(arriving.envelope.attachment_bytes)
+                task = asyncio.create_task(self._serve(arriving.envelope, arriving.chunks))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
+                arriving = None
+
+    async def _take_room(self, size_bytes: int) -> None:
+        """Read no further while too much is in flight: the hub's sending then stops by itself."""
+        self._heard = math.inf
+        await self._room.acquire()
+        async with self._released:
+            await self._released.wait_for(
+                lambda: not self._held_bytes or self._held_bytes + size_bytes <= MAX_ATTACHMENT_BYTES
+            )
+        self._held_bytes += size_bytes
+        self._heard = time.monotonic()
+
+    def _send_chunks(self, want: link_pb2.Want) -> None:
+        """Send chunks of a payload that is kept; one that is kept no more is not sent, and not missed."""
+        if self._outbound.qsize() + len(want.indices) > OUTBOUND_FRAMES:
+            raise VerificationError("link.want", "the hub asks for more chunks than it takes")
+        answer = self._kept.get(want.message_id)
+        for index in want.indices if answer is not None else ():
+            if answer is not None and index < len(answer.attachment):
+                chunk = link_pb2.Chunk(message_id=want.message_id, index=index, data=answer.attachment[index])
+                self._outbound.put_nowait(link_pb2.SiteFrame(chunk=chunk))
 
     async def _serve(self, envelope: link_pb2.Envelope, attachment: list[bytes]) -> None:
-        message_id = envelope.message_id
-        if message_id in self._working:
-            return
-        answer = self._kept.get(message_id)
-        if answer is None:
-            self._working.add(message_id)
-            try:
-                answer = await asyncio.get_running_loop().run_in_executor(
-                    self._executor, self._compute, envelope, attachment
-                )
-            finally:
-                self._working.discard(message_id)
-            if envelope.message_type in FORGETTING:
-                self._kept.clear()
-            self._kept[message_id] = answer
-            while len(self._kept) > KEPT_REPLIES:
-                self._kept.popitem(last=False)
-        self._outbound.put_nowait(answer)
+        try:
+            answer = await self._answered(envelope, attachment)
+        finally:
+            self._room.release()
+            async with self._released:
+                self._held_bytes -= envelope.attachment_bytes
+                self._released.notify_all()
+        if answer is not None:
+            self._outbound.put_nowait(link_pb2.SiteFrame(reply=answer.envelope))
         if self._finished():
             # The last reply is given time to leave before the stream ends.
             await asyncio.sleep(0.2)
             self._stop.set()
+
+    async def _answered(self, envelope: link_pb2.Envelope, attachment: list[bytes]) -> Answer | None:
+        """The reply to a request, kept or made now; None while it is being made for an earlier copy."""
+        message_id, loop = envelope.message_id, asyncio.get_running_loop()
+        if message_id in self._kept or message_id in self._working:
+            return self._kept.get(message_id)
+        self._working.add(message_id)
+        try:
+            if envelope.message_type == messages.CLOSE.message_type:
+                answer = await loop.run_in_executor(self._urgent, self._compute, envelope, attachment)
+            else:
+                order = self._orders.setdefault(envelope.group, asyncio.Lock())
+                async with order:
+                    made = loop.run_in_executor(self._executor, self._compute, envelope, attachment)
+                    if envelope.message_type != messages.READY.message_type:
+                        await made
+                # A computation is waited for outside the order: the start of a newer round ends it.
+                answer = await made
+        finally:
+            self._working.discard(message_id)
+        self._keep(answer)
+        return answer
+
+    def _keep(self, answer: Answer) -> None:
+        group = answer.envelope.group
+        of_group = [m for m, kept in self._kept.items() if kept.envelope.group == group]
+        forgotten = answer.envelope.message_type in FORGETTING
+        for message_id in of_group if forgotten else of_group[: 1 - KEPT_REPLIES]:
+            del self._kept[message_id]
+        self._kept[answer.envelope.message_id] = answer
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
 
     def _compute(self, envelope: link_pb2.Envelope, attachment: list[bytes]) -> Answer:
         request = flower.received(

@@ -5,6 +5,7 @@ configuration (``site-home``); one Participation a folder and process; ``app`` s
 assignment, because Flower's bundle builder finds no other.
 """
 
+import threading
 from pathlib import Path
 
 from flwr.clientapp import ClientApp
@@ -16,18 +17,21 @@ from common.errors import UsageError
 
 app = ClientApp()
 _open: dict[str, Participation] = {}
+_opening = threading.Lock()
 
 
 def participation(folder: str) -> Participation:
     """The hospital of a folder, opened once in this process."""
-    if folder not in _open:
-        _open[folder] = Participation(SiteHome(Path(folder)))
-    return _open[folder]
+    with _opening:
+        if folder not in _open:
+            _open[folder] = Participation(SiteHome(Path(folder)))
+        return _open[folder]
 
 
 def close(folder: str) -> None:
     """Close the hospital of a folder."""
-    hospital = _open.pop(folder, None)
+    with _opening:
+        hospital = _open.pop(folder, None)
     if hospital is not None:
         hospital.close()
 

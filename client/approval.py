@@ -33,6 +33,7 @@ class Review:
     new_fingerprints: dict[str, str]
     rounds_left: int | None
     planned_epsilon: float
+    largest_epsilon: float
     guard: Guard
     split_key: bytes
 
@@ -61,7 +62,9 @@ class Review:
             "name": self.manifest.study.name,
             "members": [party.name for party in self.manifest.members],
             "rounds": self.manifest.study.training.rounds,
+            "rounds_max": self.manifest.study.aggregation.rounds_max,
             "planned_epsilon": self.planned_epsilon,
+            "largest_epsilon": self.largest_epsilon,
             "rounds_left": self.rounds_left,
             "new_fingerprints": self.new_fingerprints,
         }
@@ -79,10 +82,15 @@ class Review:
             f"training     {training.rounds} rounds of {training.steps} steps, {training.mode}",
             f"aggregation  n = {n}, t = {aggregation.colluders}, rho = {aggregation.rollbacks}, m = {m}, "
             f"n - m = {n - m}",
+            f"charges      {training.rounds} rounds as planned, at most {aggregation.rounds_max}: "
+            "a lost round is computed and charged again",
             f"expires      {study.expires}",
         ]
         if isinstance(study.privacy, DifferentialPrivacy):
-            lines.append(f"privacy      the whole study alone would spend epsilon {self.planned_epsilon:.4f}")
+            lines.append(
+                f"privacy      the study alone would spend epsilon {self.planned_epsilon:.4f} as planned, "
+                f"at most {self.largest_epsilon:.4f}"
+            )
             lines.append(f"budget       the register could pay {self.rounds_left} such rounds")
         else:
             lines.insert(0, "WITHOUT DIFFERENTIAL PRIVACY: this register's epsilon becomes infinite for ever")
@@ -123,7 +131,8 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
     manifest, roster = offered(site, guard, digest)
     admitted = guard.check_runnable(manifest)
     private = isinstance(manifest.study.privacy, DifferentialPrivacy)
-    planned = [guard.plan(admitted, i + 1) for i in range(manifest.study.training.rounds)]
+    # Every round costs the same, whatever its number.
+    event, delta = guard.plan(admitted, 1), guard.cap.delta
     return Review(
         digest=digest,
         manifest=manifest,
@@ -132,7 +141,8 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
         source=guard.source(manifest),
         new_fingerprints=dict(guard.unpinned(manifest, roster)),
         rounds_left=guard.rounds_left(manifest, admitted) if private else None,
-        planned_epsilon=odometer(planned, guard.cap.delta, "t"),
+        planned_epsilon=odometer([event] * manifest.study.training.rounds, delta, "t"),
+        largest_epsilon=odometer([event] * manifest.study.aggregation.rounds_max, delta, "t"),
         guard=guard,
         split_key=guard.split_key(read_secret(site.split_secret), manifest.digest),
     )

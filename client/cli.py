@@ -9,7 +9,7 @@ import os
 import signal
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 
 SiteFolder = Annotated[Path, typer.Option("--home", help="The site's folder.", file_okay=False)]
+By = Annotated[str, typer.Option(help="Who decides; written into the ledger with the reason.")]
+Reason = Annotated[str, typer.Option(help="Why; it is written into the ledger.")]
 
 
 def _now() -> datetime:
@@ -62,8 +64,8 @@ def approve(
     home: SiteFolder,
     digest: Annotated[str, typer.Argument(help="The study's digest; without it, all received studies.")] = "",
     deny: Annotated[bool, typer.Option("--deny", help="Deny instead.")] = False,
-    reason: Annotated[str, typer.Option(help="Why; it is written into the ledger.")] = "",
-    by: Annotated[str, typer.Option(help="Who decides; written into the ledger with the reason.")] = "",
+    reason: Reason = "",
+    by: By = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")] = False,
     new_fingerprints: Annotated[
         bool,
@@ -95,15 +97,19 @@ def approve(
                 )
         if not yes and (as_json or not typer.confirm(f"{text}\n\n{'Deny' if deny else 'Approve'} it?")):
             raise UsageError("site.not-confirmed", "nothing was decided", remedy="Answer yes, or give --yes.")
-        who = by or os.environ.get("USER", "")
-        if not who:
-            raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")
         decision = "denied" if deny else "approved"
-        guard.decide(manifest, roster, decision, f"{who}: {reason or decision}")
+        guard.decide(manifest, roster, decision, _words(by, reason or decision))
         shown = text + "\n\n" if yes else ""
         return Outcome(f"{shown}{decision}: {full}", {**data, "decision": decision})
     finally:
         guard.close()
+
+
+def _words(by: str, reason: str) -> str:
+    who = by or os.environ.get("USER", "")
+    if not who:
+        raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")
+    return f"{who}: {reason}"
 
 
 def _listing(site: SiteHome, guard: Guard) -> Outcome:
@@ -114,6 +120,30 @@ def _listing(site: SiteHome, guard: Guard) -> Outcome:
         studies.append({"digest": digest, "name": manifest.study.name, "decision": decision})
     lines = [f"{entry['digest'][:12]}  {entry['decision']:<9} {entry['name']}" for entry in studies]
     return Outcome("\n".join(lines) or "no studies received", {"studies": studies})
+
+
+@app.command()
+@command
+def pause(home: SiteFolder, by: By = "", reason: Reason = "", as_json: JsonFlag = False) -> Outcome:
+    """Take part in nothing until resumed: a running agent ends its computations within a second."""
+    return _pause(home, "paused", by, reason)
+
+
+@app.command()
+@command
+def resume(home: SiteFolder, by: By = "", reason: Reason = "", as_json: JsonFlag = False) -> Outcome:
+    """End a pause: the agent takes part again in what is approved."""
+    return _pause(home, "resumed", by, reason)
+
+
+def _pause(home: Path, decision: Literal["paused", "resumed"], by: str, reason: str) -> Outcome:
+    site = SiteHome(home)
+    guard = Guard(site, SiteIdentity.load(site), _now)
+    try:
+        guard.pause(decision, _words(by, reason or decision))
+    finally:
+        guard.close()
+    return Outcome(f"{decision}: the site in {home}", {"paused": decision == "paused"})
 
 
 @app.command()
@@ -154,6 +184,8 @@ def _run_agent(site: SiteHome, once: bool) -> Outcome:
             certificate_pem=identity.certificate_pem,
             authority_pem=identity.authority_pem,
             answer=lambda message: flower_app.app(message, context),
+            watch=hospital.watch,
+            interrupt=hospital.interrupt,
             finished=lambda: once and hospital.closed > 0 and hospital.open_runs == 0,
         )
         loop = asyncio.get_running_loop()

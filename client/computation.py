@@ -1,8 +1,8 @@
 """The supervisor's handle on the worker: start, ask, kill.
 
 Source: DESIGN "The agent is two processes". Rules: the worker gets no key, no ledger and no environment
-but what it needs; it can be killed at any moment and its death ends that round's computation only; it is
-started when a study needs it and ended when the study closes.
+but what it needs; it can be killed at any moment, from any thread, and its death ends that round's
+computation only; it is started when a study needs it and ended when the study closes.
 """
 
 import logging
@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import threading
-from typing import Any, Final
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +25,12 @@ log = logging.getLogger("wardround.site.worker")
 PASSED_ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "WARDROUND_THREADS")
 END_TIMEOUT_S: Final = 5.0
 
+# prctl(2): a worker dies with the thread that started it, so that must be one which lasts.
+_SPAWNER: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawn")
+
 
 class Computation:
-    """One worker process for one study.
+    """One worker process for one study. Thread-safe; one round is computed at a time.
 
     Guarantee: worker_death_is_one_failure - a killed worker gives a FailureError, and the next round a
     fresh worker.
@@ -40,64 +44,113 @@ class Computation:
             "path": str(source.path.resolve()),
             "split_key": split_key.hex(),
         }
+        self._turn = threading.Lock()
+        # Held for moments only: which process there is, and for which round it computes.
+        self._changing = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._prepared = False
-        self._lock = threading.Lock()
+        self._prepared: subprocess.Popen[bytes] | None = None
+        self._round: threading.Event | None = None
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether ``end`` was called."""
+        return self._ended
 
     def warm(self) -> None:
         """Begin to start a worker without waiting for it: imports take seconds, and no row is read yet."""
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._spawn()
-                self._prepared = False
+        with self._changing:
+            if not self._ended:
+                self._running()
 
-    def start(self) -> None:
-        """Have a worker with the rows loaded. Raises ContractError or FailureError."""
-        self.warm()
-        with self._lock:
-            if self._prepared:
-                return
+    def compute(
+        self, state: bytes, dim: int, timeout_s: float, cut: threading.Event | None = None
+    ) -> NDArray[np.int64]:
+        """The integers of one round's release, int64 [dim]. ``state`` is a safetensors file.
+
+        ``cut`` is this round's and set when the round must not be computed any more: see ``stop``.
+
+        Guarantee: an_overrun_is_killed - a worker that takes longer than ``timeout_s`` is a dead one.
+        Raises: FailureError, ContractError.
+        """
+        cut = cut or threading.Event()
+        timer = threading.Timer(timeout_s, self.stop, (cut,))
+        timer.start()
+        try:
+            with self._turn:
+                try:
+                    result = self._ask(self._loaded(cut), {"op": "compute"}, state)
+                finally:
+                    self._round = None
+        finally:
+            timer.cancel()
+        if len(result) != 8 * dim:
+            raise FailureError("worker.result", "the worker's result has another length than the model")
+        return np.frombuffer(result, dtype="<i8").astype(np.int64)
+
+    def stop(self, cut: threading.Event) -> None:
+        """Set ``cut`` and kill the worker that computes for it; the next round gets a fresh one.
+
+        Guarantee: a_cut_round_is_not_computed - whether its worker is running, starting or not there yet.
+        """
+        cut.set()
+        with self._changing:
+            process = self._process if self._round is cut else None
+        self._drop(process)
+
+    def end(self) -> None:
+        """Kill the worker for good.
+
+        Guarantee: an_ended_computation_starts_no_worker - whatever another thread is just about to do.
+        """
+        with self._changing:
+            self._ended = True
+            process = self._process
+        self._drop(process)
+
+    def _loaded(self, cut: threading.Event) -> "subprocess.Popen[bytes]":
+        """The worker, with the rows loaded."""
+        with self._changing:
+            # Whoever sets these kills the worker afterwards: one that is there now is seen by them.
+            if self._ended or cut.is_set():
+                raise FailureError("worker.ended", "the round was stopped before its computation began")
+            self._round = cut
+            process = self._running()
+        if process is not self._prepared:
             try:
-                self._greet()
-                self._ask(self._header, self._manifest_bytes)
+                self._greet(process)
+                self._ask(process, self._header, self._manifest_bytes)
             except BaseException:
                 # It has greeted already: only a fresh one can be started again.
-                self.end()
+                self._drop(process)
                 raise
-            self._prepared = True
+            self._prepared = process
+        return process
 
-    def _spawn(self) -> "subprocess.Popen[bytes]":
-        environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "client.isolation"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            cwd="/",
-        )
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is None or self._process.poll() is not None:
+            _finish(self._process)
+            self._process = _SPAWNER.submit(_spawn).result()
+        return self._process
 
-    def _greet(self) -> None:
-        process = self._process
-        frame = read_frame(process.stdout) if process is not None and process.stdout else None
-        if process is None or frame is None:
-            raise FailureError(
-                "worker.start", "the worker process did not start", remedy="Check the installation."
-            )
+    def _greet(self, process: "subprocess.Popen[bytes]") -> None:
+        try:
+            frame = read_frame(_pipe(process.stdout))
+        except (OSError, ValueError, WardroundError):
+            frame = None
+        if frame is None:
+            remedy = "Check the installation, unless it was stopped."
+            raise FailureError("worker.start", "the worker process did not start", remedy=remedy)
         log.info("worker %d started, network: %s", process.pid, frame[0].get("network"))
 
-    def _ask(self, header: dict[str, Any], blob: bytes) -> bytes:
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise FailureError("worker.ended", "there is no worker")
+    def _ask(self, process: "subprocess.Popen[bytes]", header: dict[str, Any], blob: bytes) -> bytes:
         try:
-            write_frame(process.stdin, header, blob)
-            frame = read_frame(process.stdout)
-        except (OSError, ValueError, WardroundError) as error:
-            self.end()
-            raise FailureError("worker.died", "the worker process died") from error
+            write_frame(_pipe(process.stdin), header, blob)
+            frame = read_frame(_pipe(process.stdout))
+        except (OSError, ValueError, WardroundError):
+            frame = None
         if frame is None:
-            self.end()
+            self._drop(process)
             raise FailureError("worker.died", "the worker process died")
         reply, result = frame
         if reply.get("status") != "ok":
@@ -107,47 +160,44 @@ class Computation:
             raise kind(code, f"the worker could not do it ({code}{': ' + places if places else ''})")
         return result
 
-    def compute(self, state: bytes, dim: int, timeout_s: float) -> NDArray[np.int64]:
-        """The integers of one round's release, int64 [dim]. ``state`` is a safetensors file.
+    def _drop(self, process: "subprocess.Popen[bytes] | None") -> None:
+        with self._changing:
+            if process is self._process:
+                self._process = None
+        _finish(process)
 
-        Guarantee: an_overrun_is_killed - a worker that takes longer than ``timeout_s`` is a dead one.
-        """
-        overrun = threading.Event()
 
-        def stop() -> None:
-            overrun.set()
-            self._kill()
+def _spawn() -> "subprocess.Popen[bytes]":
+    environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "client.isolation"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        cwd="/",
+    )
 
-        timer = threading.Timer(timeout_s, stop)
-        timer.start()
-        try:
-            self.start()
-            if overrun.is_set():
-                # The time was over before there was a process to kill.
-                self.end()
-                raise FailureError("worker.died", "the round's time was over before the worker was ready")
-            with self._lock:
-                result = self._ask({"op": "compute"}, state)
-        finally:
-            timer.cancel()
-        if len(result) != 8 * dim:
-            raise FailureError("worker.result", "the worker's result has another length than the model")
-        return np.frombuffer(result, dtype="<i8").astype(np.int64)
 
-    def _kill(self) -> None:
-        process = self._process
-        if process is not None:
-            process.kill()
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    if stream is None:
+        raise FailureError("worker.pipe", "the worker has no pipe")
+    return stream
 
-    def end(self) -> None:
-        """Kill the worker. Safe at any moment, from any thread."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait(timeout=END_TIMEOUT_S)
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    try:
-                        stream.close()
-                    except BrokenPipeError:
-                        log.debug("the worker's pipe was closed by its end")
+
+def _finish(process: "subprocess.Popen[bytes] | None") -> None:
+    """Kill a process, wait for it and close its pipes; again changes nothing."""
+    if process is None:
+        return
+    process.kill()
+    try:
+        process.wait(timeout=END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        log.error("worker %d was killed and has not ended", process.pid)
+        return
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            try:
+                stream.close()
+            except BrokenPipeError:
+                log.debug("the worker's pipe was closed by its end")

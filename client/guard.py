@@ -6,9 +6,11 @@ that follows from it are one step under the ledger's lock; nothing here depends 
 """
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
 from client.identity import SiteIdentity, load_policy
 from client.pins import Pins
@@ -19,7 +21,8 @@ from common.admissible import Admitted, check
 from common.encoding import canonical_json, derive, parse_canonical_json
 from common.errors import BudgetExhaustedError, RefusedError, VerificationError
 from common.identity import key_text, public_key
-from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, check_reason, events
+from common.ledger import entries as leaves
+from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, OutcomeReason, Pause
 from common.ledger.store import Ledger
 from common.privacy.decimals import text_of
 from common.privacy.events import Event
@@ -39,7 +42,7 @@ class Budget:
 
 
 class Guard:
-    """Every rule of this hospital that a study must meet, and the ledger that remembers.
+    """Every rule of this hospital that a study must meet, and the ledger that remembers. Thread-safe.
 
     ``now`` gives the aware local time.
 
@@ -53,6 +56,7 @@ class Guard:
         self._pins = Pins(home)
         self._events: list[Event] = []
         self._parsed = 0
+        self._parsing, self._charging = threading.Lock(), threading.Lock()
         register = self.policy.privacy_register
         self.register_id = register.id
         self._actor = key_text(public_key(identity.ledger_key))
@@ -107,11 +111,9 @@ class Guard:
     def check_coordinator(self, manifest: Manifest) -> None:
         """Refuse a study of a coordinator that the policy does not name, so that none is even kept."""
         if manifest.coordinator not in self.policy.rules.coordinators:
-            raise RefusedError(
-                "policy.coordinator",
-                f"the study is signed by {manifest.coordinator}, which the policy does not name",
-                remedy="Add that key to rules.coordinators in policy.toml if you know whose it is.",
-            )
+            problem = f"the study is signed by {manifest.coordinator}, which the policy does not name"
+            remedy = "Add that key to rules.coordinators in policy.toml if you know whose it is."
+            raise RefusedError("policy.coordinator", problem, remedy=remedy)
 
     def check_runnable(self, manifest: Manifest) -> Admitted:
         """Check admissibility, expiry and every rule of the policy.
@@ -122,35 +124,25 @@ class Guard:
         policy, study = self.policy, manifest.study
         rules = policy.rules
         self.check_coordinator(manifest)
-        if (
-            isinstance(study.privacy, NoDifferentialPrivacy)
-            and not rules.allow_studies_without_differential_privacy
-        ):
+        without_dp = isinstance(study.privacy, NoDifferentialPrivacy)
+        if without_dp and not rules.allow_studies_without_differential_privacy:
             raise RefusedError("policy.no-dp", "the policy forbids studies without differential privacy")
-        everyone = study.aggregation.minimum_hospitals == len(study.members)
-        if isinstance(study.privacy, NoDifferentialPrivacy) and not everyone:
+        if without_dp and study.aggregation.minimum_hospitals != len(study.members):
             # PROTOCOL I12: two cohorts that differ by one hospital would give away that hospital's sum.
-            raise RefusedError(
-                "guard.no-dp-cohort",
-                "a study without differential privacy must have all of its members in every round",
-                remedy="Ask the coordinator for one whose minimum_hospitals is the number of its members.",
-            )
+            problem = "a study without differential privacy must have all of its members in every round"
+            remedy = "Ask the coordinator for one whose minimum_hospitals is the number of its members."
+            raise RefusedError("guard.no-dp-cohort", problem, remedy=remedy)
         if study.aggregation.minimum_hospitals < rules.minimum_hospitals:
-            raise RefusedError(
-                "policy.minimum-hospitals",
-                f"the policy asks for at least {rules.minimum_hospitals} in a round",
-            )
+            problem = f"the policy asks for at least {rules.minimum_hospitals} in a round"
+            raise RefusedError("policy.minimum-hospitals", problem)
         if study.aggregation.deadline_s > 60 * rules.max_round_minutes:
-            raise RefusedError(
-                "policy.round-time", f"a round may take {rules.max_round_minutes} minutes here"
-            )
+            problem = f"a round may take {rules.max_round_minutes} minutes here"
+            raise RefusedError("policy.round-time", problem)
         if self.source(manifest).patient != study.contract.patient:
             # The unit is the register's: a study that counted visits would weigh a patient many times.
-            raise RefusedError(
-                "policy.patient",
-                f"the study takes column {study.contract.patient!r} for the patient, the policy another",
-                remedy="Ask the coordinator for a study on the patient column that policy.toml names.",
-            )
+            problem = f"the study takes column {study.contract.patient!r} for the patient, the policy another"
+            remedy = "Ask the coordinator for a study on the patient column that policy.toml names."
+            raise RefusedError("policy.patient", problem, remedy=remedy)
         return admitted
 
     def check_pins(self, manifest: Manifest, roster: Roster) -> None:
@@ -165,26 +157,32 @@ class Guard:
 
     def decision(self, man: bytes) -> str:
         """``approved``, ``denied`` or empty: the latest decision on a manifest digest."""
-        found = [
-            entry.decision
-            for entry in self._ledger.entries()
-            if isinstance(entry, Approval) and entry.manifest == man.hex()
-        ]
-        return found[-1] if found else ""
+        name = man.hex()
+        for entry in reversed(self._ledger.entries()):
+            if isinstance(entry, Approval) and entry.manifest == name:
+                return entry.decision
+        return ""
 
     def decide(self, manifest: Manifest, roster: Roster, decision: str, reason: str) -> None:
         """Write a person's decision into the ledger; approving pins the members' fingerprints."""
-        check_reason(reason)
+        leaves.check_reason(reason)
         if decision == "approved":
             self._pins.accept(self.unpinned(manifest, roster))
-        self._ledger.append(
-            Approval(
-                actor=self._actor,
-                manifest=manifest.digest.hex(),
-                decision="approved" if decision == "approved" else "denied",
-                reason=reason,
-            )
-        )
+        said: Literal["approved", "denied"] = "approved" if decision == "approved" else "denied"
+        name = manifest.digest.hex()
+        self._ledger.append(Approval(actor=self._actor, manifest=name, decision=said, reason=reason))
+
+    @property
+    def paused(self) -> bool:
+        """Whether a person has paused this site."""
+        pauses = (entry for entry in reversed(self._ledger.entries()) if isinstance(entry, Pause))
+        last = next(pauses, None)
+        return last is not None and last.decision == "paused"
+
+    def pause(self, decision: Literal["paused", "resumed"], reason: str) -> None:
+        """Write a person's decision into the ledger. Raises RefusedError when it stands there already."""
+        leaves.check_reason(reason)
+        self._ledger.append(Pause(actor=self._actor, decision=decision, reason=reason))
 
     # -- the budget ----------------------------------------------------------------------------------------
 
@@ -197,11 +195,13 @@ class Guard:
     ) -> None:
         """Refuse what the register cannot pay, before anything changes.
 
-        Raises: BudgetExhaustedError saying how many such rounds are left.
+        Raises: BudgetExhaustedError saying how many such rounds are left; RefusedError without DP for others
+        than the members of the first such study.
         """
         event = self.plan(admitted, round_number)
         entries = self._ledger.entries()
         cap, history = self._cap(entries), self._charged(entries)
+        self._check_no_dp_members(manifest, history)
         if event.kind == "no_dp":
             return
         if rounds == 1:
@@ -215,27 +215,29 @@ class Guard:
     def charge(self, manifest: Manifest, admitted: Admitted, round_number: int) -> Event:
         """Decide and append the charge under one lock, durable when this returns.
 
-        Raises: BudgetExhaustedError; nothing is appended then.
+        Up to ``rounds_max`` rounds of a study may be charged: one that was lost is computed again under
+        another number, and both are paid.
+
+        Raises: BudgetExhaustedError, RefusedError; nothing is appended then.
         """
         event = self.plan(admitted, round_number)
 
         def decide(entries: Sequence[Entry]) -> Charge:
             cap, history = self._cap(entries), self._charged(entries)
-            if any(
-                (past.manifest_digest, past.round) == (event.manifest_digest, event.round) for past in history
-            ):
+            rounds = [past.round for past in history if past.manifest_digest == event.manifest_digest]
+            if event.round in rounds:
                 raise RefusedError("guard.round-charged", "this round has been charged before")
-            rounds = sum(past.manifest_digest == event.manifest_digest for past in history)
-            if rounds >= manifest.study.training.rounds:
+            if len(rounds) >= manifest.study.aggregation.rounds_max:
                 raise RefusedError("guard.rounds-spent", "all rounds that were approved have been charged")
             self._check_no_dp_members(manifest, history)
             if event.kind != "no_dp" and not admits(history, event, cap).admitted:
                 raise self._exhausted(0, 1)
             return Charge(actor=self._actor, event=event.to_fields())
 
-        seq = self._ledger.append_if(decide)
-        # Outside backups: a ledger that is behind this mark is an older copy of itself.
-        write_durable(self._home.ledger_mark, canonical_json({"seq": seq, "event": event.event_id}))
+        with self._charging:
+            seq = self._ledger.append_if(decide)
+            # Outside backups: a ledger that is behind this mark is an older copy of itself.
+            write_durable(self._home.ledger_mark, canonical_json({"seq": seq, "event": event.event_id}))
         return event
 
     def _check_no_dp_members(self, manifest: Manifest, history: Sequence[Event]) -> None:
@@ -248,12 +250,10 @@ class Guard:
             differing = here ^ {party.id for party in earlier.members}
             if differing:
                 names = {party.id: party.name for party in (*manifest.members, *earlier.members)}
-                raise RefusedError(
-                    "guard.no-dp-members",
-                    "the difference of two sums may be the data of "
-                    + ", ".join(names[member] for member in sorted(differing)),
-                    remedy="A study without differential privacy must have the members of the first one.",
-                )
+                whose = ", ".join(names[member] for member in sorted(differing))
+                problem = f"the difference of two sums may be the data of {whose}"
+                remedy = "A study without differential privacy must have the members of the first one."
+                raise RefusedError("guard.no-dp-members", problem, remedy=remedy)
 
     def _check_mark(self) -> None:
         """Refuse a ledger that lacks the last charge this folder remembers.
@@ -267,39 +267,50 @@ class Guard:
         entries = self._ledger.entries()
         entry = entries[mark["seq"]] if mark["seq"] < len(entries) else None
         if not isinstance(entry, Charge) or entry.event_id != mark["event"]:
-            raise RefusedError(
-                "guard.ledger-behind",
-                "the ledger lacks a charge that was made here: it is an older copy",
-                remedy="Put the newest ledger.db back; without it this register stays closed.",
-            )
+            problem = "the ledger lacks a charge that was made here: it is an older copy"
+            remedy = "Put the newest ledger.db back; without it this register stays closed."
+            raise RefusedError("guard.ledger-behind", problem, remedy=remedy)
 
     def released(self, man: bytes, round_number: int, attempt: int, ctx: bytes) -> None:
         """Record, before its first byte leaves, that an upload of a charged round leaves; once an attempt.
 
         Raises: RefusedError when the ledger holds no charge for that round.
         """
-        entries = self._ledger.entries()
-        charged = [
-            event
-            for event in self._charged(entries)
-            if (event.manifest_digest, event.round) == (man.hex(), round_number)
-        ]
-        if not charged:
+        last = self._last_charge(man)
+        if last is None or last[0].round != round_number:
             raise RefusedError("guard.not-charged", "nothing is charged for this round")
-        event_id = charged[-1].event_id
-        said = (event_id, attempt, ctx.hex())
-        if any(isinstance(e, Outcome) and (e.event_id, e.attempt, e.ctx) == said for e in entries):
-            return
-        self._ledger.append(
-            Outcome(
-                actor=self._actor,
-                event_id=event_id,
-                state="released",
-                attempt=attempt,
-                ctx=ctx.hex(),
-                reason="upload_started",
-            )
-        )
+        event, outcomes = last
+        if all((said.attempt, said.ctx) != (attempt, ctx.hex()) for said in outcomes):
+            self._append_outcome(event, "upload_started", attempt, ctx.hex())
+
+    def settle(self, man: bytes, reason: OutcomeReason, ctx: bytes = b"") -> int:
+        """Record, once, what became of the last charged round of a study; its number, 0 if nothing was new.
+
+        ``ctx`` names the upload that it must be about. Nothing is given back.
+        """
+        last = self._last_charge(man)
+        if last is None or any(said.reason != "upload_started" for said in last[1]):
+            return 0
+        event, outcomes = last
+        attempt, left = (outcomes[-1].attempt, outcomes[-1].ctx) if outcomes else (1, None)
+        if ctx and left != ctx.hex():
+            raise RefusedError("guard.context", "the result is of another upload than the last")
+        self._append_outcome(event, reason, attempt, left)
+        return event.round
+
+    def _last_charge(self, man: bytes) -> tuple[Event, list[Outcome]] | None:
+        """The newest charge of a study and what the ledger says of it, in order."""
+        entries = self._ledger.entries()
+        for event in reversed(self._charged(entries)):
+            if event.manifest_digest == man.hex():
+                outcomes = [e for e in entries if isinstance(e, Outcome) and e.event_id == event.event_id]
+                return event, outcomes
+        return None
+
+    def _append_outcome(self, event: Event, reason: OutcomeReason, attempt: int, ctx: str | None) -> None:
+        fields = {"actor": self._actor, "event_id": event.event_id, "attempt": attempt, "ctx": ctx}
+        state = "charged" if ctx is None else "released"
+        self._ledger.append(Outcome.model_validate({**fields, "state": state, "reason": reason}))
 
     def last_charged_round(self, man: bytes) -> int:
         """The last round of a manifest that the ledger has charged, 0 for none."""
@@ -333,33 +344,28 @@ class Guard:
         limit_w = float(opened.epsilon_w) if opened.epsilon_w is not None else 0.0
         raised = cap.epsilon_t > float(opened.epsilon_t) or (cap.epsilon_w or 0.0) > limit_w
         if raised or text_of(cap.delta) != opened.delta:
-            raise RefusedError(
-                "guard.cap-raised",
-                "the policy's caps are above those with which the register was opened, or its delta differs",
-                remedy="Set them back in policy.toml: raising a cap is not possible in this version.",
-            )
+            problem = "the policy's caps are above those with which the register was opened, or delta differs"
+            remedy = "Set them back in policy.toml: raising a cap is not possible in this version."
+            raise RefusedError("guard.cap-raised", problem, remedy=remedy)
         return cap
 
     def _exhausted(self, left: int, rounds: int) -> BudgetExhaustedError:
-        return BudgetExhaustedError(
-            "budget.exhausted",
-            f"the register can pay {left} more such rounds, and {rounds} are asked for",
-            remedy="Deny the study, or ask for one with fewer rounds or more noise.",
-            rounds_left=left,
-        )
+        problem = f"the register can pay {left} more such rounds, and {rounds} are asked for"
+        remedy = "Deny the study, or ask for one with fewer rounds or more noise."
+        return BudgetExhaustedError("budget.exhausted", problem, remedy=remedy, rounds_left=left)
 
-    def _charged(self, entries: Sequence[Entry]) -> list[Event]:
+    def _charged(self, entries: Sequence[Entry]) -> tuple[Event, ...]:
         # The ledger has checked that what was read before stands unchanged, so only new entries are parsed.
-        for fields in events(entries[self._parsed :], self.register_id):
-            self._events.append(Event.from_fields(fields))
-        self._parsed = len(entries)
-        return self._events
+        with self._parsing:
+            if len(entries) > self._parsed:
+                fields = leaves.events(entries[self._parsed :], self.register_id)
+                self._events += map(Event.from_fields, fields)
+                self._parsed = len(entries)
+            return tuple(self._events)
 
     def _opened(self, entries: Sequence[Entry]) -> Opened | None:
-        found = [
-            entry for entry in entries if isinstance(entry, Opened) and entry.register_id == self.register_id
-        ]
-        return found[0] if found else None
+        opened = (entry for entry in entries if isinstance(entry, Opened))
+        return next((entry for entry in opened if entry.register_id == self.register_id), None)
 
     def _open_register(self, register: Register) -> None:
         """Write the register's first entry, once, with the caps of the policy."""

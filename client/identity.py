@@ -17,9 +17,6 @@ from common.enrolment import Admission, AdmissionRequest
 from common.errors import RefusedError, VerificationError
 from common.ledger.store import Ledger
 
-SPLIT_SECRET_BYTES = 32
-REGISTER_ID_BYTES = 16
-
 
 def create_site(home: SiteHome, *, name: str, hub: str) -> AdmissionRequest:
     """Make a site's folder: keys, settings, deny-by-default policy, admission request.
@@ -27,14 +24,14 @@ def create_site(home: SiteHome, *, name: str, hub: str) -> AdmissionRequest:
     Guarantee: private_keys_stay - the request holds public keys and proofs only.
     Raises: UsageError when the folder holds a site already or name or address are malformed.
     """
-    texts = new_files(name, hub, os.urandom(REGISTER_ID_BYTES).hex())
+    texts = new_files(name, hub, os.urandom(16).hex())
     home.create_folders()
     key_pem, csr_pem = new_tls_key_and_csr(name)
     identity.write_secret(home.tls_key, key_pem)
     protocol, ledger = identity.new_signing_key(), identity.new_signing_key()
     identity.save_signing_key(home.protocol_key, protocol)
     identity.save_signing_key(home.ledger_key, ledger)
-    identity.write_secret(home.split_secret, os.urandom(SPLIT_SECRET_BYTES))
+    identity.write_secret(home.split_secret, os.urandom(32))
     # Made here, once: wherever the ledger is missing later, it was lost, and nothing may be charged.
     Ledger.open(home.ledger, ledger, create=True).close()
     request = AdmissionRequest.create(name, csr_pem, protocol, ledger)
@@ -71,34 +68,24 @@ class SiteIdentity:
         try:
             admission = Admission.from_bytes(home.admission.read_bytes())
         except FileNotFoundError as error:
-            raise RefusedError(
-                "site.not-admitted",
-                f"{home.admission} is missing: this site is not admitted yet",
-                remedy="Send request.json to the coordinator and put the admission that comes back there.",
-            ) from error
+            problem = f"{home.admission} is missing: this site is not admitted yet"
+            remedy = "Send request.json to the coordinator and put the admission that comes back there."
+            raise RefusedError("site.not-admitted", problem, remedy=remedy) from error
+        restore = "Restore the whole folder, or make a new site and have it admitted."
         try:
             request = AdmissionRequest.from_bytes(home.request.read_bytes())
         except FileNotFoundError as error:
-            raise RefusedError(
-                "site.no-request",
-                f"{home.request} is missing: the admission cannot be checked without it",
-                remedy="Restore the whole folder, or make a new site and have it admitted.",
-            ) from error
+            problem = f"{home.request} is missing: the admission cannot be checked without it"
+            raise RefusedError("site.no-request", problem, remedy=restore) from error
         admission.check_answers(request)
         tls_key_pem = identity.read_secret(home.tls_key)
         protocol_key = identity.load_signing_key(home.protocol_key)
         ledger_key = identity.load_signing_key(home.ledger_key)
-        own = (
-            identity.public_key(protocol_key),
-            identity.public_key(ledger_key),
-            private_key_fingerprint(tls_key_pem),
-        )
-        if own != (request.protocol_key, request.ledger_key, request.tls_fingerprint):
-            raise VerificationError(
-                "site.foreign-keys",
-                f"the private keys in {home.tls_key.parent} are not those of {home.request.name}",
-                remedy="Restore the whole folder, or make a new site and have it admitted.",
-            )
+        own = (identity.public_key(protocol_key), identity.public_key(ledger_key))
+        foreign = own != (request.protocol_key, request.ledger_key)
+        if foreign or private_key_fingerprint(tls_key_pem) != request.tls_fingerprint:
+            problem = f"the private keys in {home.tls_key.parent} are not those of {home.request.name}"
+            raise VerificationError("site.foreign-keys", problem, remedy=restore)
         return cls(
             id=admission.id,
             name=admission.name,

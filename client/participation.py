@@ -3,56 +3,44 @@
 Source: DESIGN "A round, end to end", steps 2-7; PROTOCOL I1-I14. Rules: a request is answered with records
 of the secure sum, with a person's decision, or with ``unavailable``, one word whatever the cause; the cause
 goes to this site's own log; the charge is in the ledger before any row is touched; what leaves is made by
-the release gate and then masked.
+the release gate and then masked; what a person decides acts within a second, in the middle of a round too.
 """
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
-
-import numpy as np
+from typing import Any, Final
 
 from client.computation import Computation
 from client.guard import Guard
 from client.identity import SiteIdentity
+from client.running import Running, label, only
+from client.settings import DataSource
 from client.state import RunFile, SiteHome
 from client.studies import StudyFolder
 from common import messages
 from common.errors import BudgetExhaustedError, RefusedError, VerificationError, WardroundError
+from common.identity import key_bytes
+from common.ledger.entries import OutcomeReason
 from common.messages import Reply, Request
-from common.roster import Roster
 from common.run import read_study_document, run_params
 from common.secagg import records
-from common.secagg.params import RunParams
-from common.secagg.records import Record
 from common.secagg.site import Site
 from common.secagg.state import RunState
-from common.study import Manifest
-from common.tasks.state import load_state, model_digest
 
 log = logging.getLogger("wardround.site")
 
-R = TypeVar("R", bound=Record)
-
-
-@dataclass
-class _Run:
-    """One approved study while it runs here."""
-
-    manifest: Manifest
-    params: RunParams
-    site: Site
-    computation: Computation
+LOCKS: Final = 64
 
 
 class Participation:
-    """The hospital behind its ClientApp. One request at a time.
+    """The hospital behind its ClientApp. Thread-safe: a study is locked but while its worker computes.
 
-    ``entropy`` is the OS generator in the product; ``clock`` seconds since 1970 UTC.
+    ``entropy`` is the OS generator in the product; ``clock`` seconds since 1970 UTC; ``computation`` makes
+    the handle on a study's worker from the manifest's bytes, the extract and the split key.
     """
 
     def __init__(
@@ -61,27 +49,62 @@ class Participation:
         *,
         entropy: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.time,
+        computation: Callable[[bytes, DataSource, bytes], Computation] = Computation,
     ) -> None:
         self.identity = SiteIdentity.load(home)
         self.exhausted = False
         self.closed = 0
-        self._home = home
         self._entropy = entropy
         self._clock = clock
+        self._computation = computation
         self._guard = Guard(home, self.identity, self._now)
         self._studies = StudyFolder(home)
         self._run_file = RunFile(home.runs)
-        self._runs: dict[bytes, _Run] = {}
-        for man in self._run_file.runs():
-            if self._expired(man):
-                self._erase(man)
+        self._runs: dict[bytes, Running] = {}
+        # Shared by digest: requests for studies that are none must cost no memory.
+        self._locks = tuple(threading.RLock() for _ in range(LOCKS))
+        self._stopping = self._paused = False
+        self._said: dict[bytes, str] = {}
+        # The runs in the run file that are not closed, and when each expires.
+        self._open = {man: self._expiry(man) for man in self._run_file.runs() if not self._stored(man).closed}
+        self._end_what_is_over()
 
     def close(self) -> None:
         """End the workers and close the files; secrets of running studies stay in the run file."""
-        for run in self._runs.values():
-            run.computation.end()
+        self.interrupt()
+        for man, run in list(self._runs.items()):
+            self._suspend(man, run)
         self._run_file.close()
         self._guard.close()
+
+    def interrupt(self) -> None:
+        """The agent is stopping: end every computation and wait; from here on all but CLOSE is refused."""
+        self._stopping = True
+        for run in list(self._runs.values()):
+            run.retire()
+
+    def watch(self) -> None:
+        """Once a second: act on what a person or the clock has decided since, without any request.
+
+        Guarantee: a_computation_and_a_wait_end_at_once - when the site is paused or the study withdrawn.
+        Guarantee: a_withdrawn_run_is_erased_without_any_request - and one that has expired.
+        """
+        problem = ""
+        try:
+            paused = self._guard.paused
+            if paused != self._paused:
+                meaning = "every request is answered 'unavailable' until 'wardround site resume'"
+                log.info("this site is %s", f"paused: {meaning}" if paused else "resumed")
+            self._paused = paused
+            self._end_what_is_over()
+        except Exception as error:
+            # What cannot be read may say that nothing must be computed.
+            paused, problem = True, _said_of(error)
+        if self._is_news(b"watch", problem):
+            log.error("every computation is ended: %s", problem)
+        for man, run in list(self._runs.items()):
+            if paused and not run.retired:
+                self._suspend(man, run)
 
     @property
     def open_runs(self) -> int:
@@ -102,213 +125,265 @@ class Participation:
         Guarantee: every_cause_is_unavailable - whatever goes wrong here, the reply is the same bytes.
         """
         kind = messages.kind_of(message_type)
+        man, problem = b"", ""
         try:
             request = messages.decode_request(message_type, body)
+            man = request.man
             reply, payload = self._handle(request, b"".join(attachment))
-        except BudgetExhaustedError as error:
-            self.exhausted = True
-            log.error("refused before computing: %s", error)
-            reply, payload = Reply(kind, available=False), ()
-        except WardroundError as error:
-            log.warning("%s: unavailable: %s", message_type, error)
-            reply, payload = Reply(kind, available=False), ()
         except Exception as error:
-            # The type alone: the text of an unforeseen exception might quote a row.
-            log.error("%s: unavailable: internal %s", message_type, type(error).__name__)
+            self.exhausted |= isinstance(error, BudgetExhaustedError)
+            problem = _said_of(error)
             reply, payload = Reply(kind, available=False), ()
+        # The hub asks for consent several times a second.
+        if self._is_news(man, problem) if kind is messages.STUDY else problem:
+            log.warning("%s: %s: unavailable: %s", label(man), message_type, problem)
         return messages.encode_reply(reply), payload
 
+    def _is_news(self, man: bytes, problem: str) -> bool:
+        """Whether there is a problem, and another than the last time."""
+        if len(self._said) >= LOCKS:
+            self._said.clear()
+        last, self._said[man] = self._said.get(man), problem
+        return bool(problem) and problem != last
+
     def _handle(self, request: Request, attachment: bytes) -> tuple[Reply, tuple[bytes, ...]]:
-        kind = request.kind
+        kind, man, found = request.kind, request.man, request.records
+        if kind is messages.CLOSE:
+            self._end(man, "study_aborted")
+            return Reply(kind), ()
         if kind is messages.STUDY:
             return self._study(request), ()
-        if kind is messages.CLOSE:
-            return self._end(request), ()
-        run = self._run(request.man)
-        site, found = run.site, request.records
-        if kind is messages.UPLOAD:
-            return self._upload(run, found)
-        answers: tuple[Record, ...] = ()
-        if kind is messages.KEYS:
-            answers = (site.announce(),)
-        elif kind is messages.DIRECTORY:
-            answers = site.on_directory(_first(found, records.Directory))
-        elif kind is messages.SEEDS:
-            answers = (site.on_pair_seeds(_all(found, records.PairSeed)),)
-        elif kind is messages.CONFIRMS:
-            accepted = site.on_confirms(_all(found, records.Confirm))
-            log.info("study %s: keys shared with %d hospitals", request.man.hex()[:12], len(accepted))
-        elif kind is messages.READY:
-            answers = (self._ready(run, _first(found, records.RoundStart), attachment),)
-        elif kind is messages.OPEN:
-            answers = (site.on_open_please(_first(found, records.OpenPlease)),)
-        elif kind is messages.RESULT:
-            self._result(run, _first(found, records.Result))
-        else:
-            raise VerificationError("participation.kind", f"{kind.message_type} is not handled here")
-        return Reply(kind, True, answers), ()
+        if kind is messages.READY:
+            return Reply(kind, True, (self._ready(man, only(found, records.RoundStart), attachment),)), ()
+        with self._lock(man):
+            self._check_approved(man)
+            if kind is messages.RESULT:
+                self._result(man, only(found, records.Result))
+                return Reply(kind), ()
+            run = self._run(man)
+            if kind is messages.UPLOAD:
+                return self._upload(run, only(found, records.Cohort))
+            return Reply(kind, True, run.answer(kind, found)), ()
 
     # -- studies -------------------------------------------------------------------------------------------
 
-    def _study(self, request: Request) -> Reply:
-        """Keep a study that was offered, once it verifies, and say what a person has decided of it."""
-        signed, signed_roster = read_study_document(request.document)
-        manifest = signed.verify()
-        if manifest.digest != request.man:
-            raise VerificationError(
-                "participation.digest", "the offered study has another digest than was named"
-            )
-        roster = self._guard.check_offer(manifest, signed_roster)
-        self._guard.check_coordinator(manifest)
-        if self._studies.add(request.man, request.document):
-            log.info("study %s %r received; read it and decide with 'wardround site approve'",
-                     request.man.hex()[:12], manifest.study.name)  # fmt: skip
-        decision = self._guard.decision(request.man)
-        if decision == "approved":
-            self._guard.check_pins(manifest, roster)
-            self._run(request.man).computation.warm()
-        return Reply(request.kind, True, (), decision or "received")
-
-    def _run(self, man: bytes) -> _Run:
-        """The running study of a manifest digest, begun or restored.
+    def _decision(self, man: bytes) -> str:
+        """What a person has decided. Raises RefusedError when nothing is answered now, whatever it was.
 
         Guarantee: a_decision_acts_at_once - a study denied while it runs is answered no more.
-        Guarantee: an_expired_run_is_erased - at start, and at the first request after the expiry.
-        Raises: RefusedError unless it is approved now.
         """
-        if self._guard.decision(man) != "approved":
+        if self._stopping or self._guard.paused:
+            why = "the agent is being stopped" if self._stopping else "this site is paused"
+            raise RefusedError("participation.paused", why)
+        decision = self._guard.decision(man)
+        if decision == "denied" and man in self._open:
+            self._end(man, "site_stopped")
+        return decision
+
+    def _check_approved(self, man: bytes) -> None:
+        if self._decision(man) != "approved":
             raise RefusedError("participation.approval", "the study is not approved here")
-        run = self._runs.get(man) or self._begin(man)
+
+    def _study(self, request: Request) -> Reply:
+        """Keep a study that was offered, once it verifies, and say what a person has decided of it.
+
+        One that is approved, but could not be computed or paid now, is unavailable.
+        """
+        man = request.man
+        decision = self._decision(man)
+        signed, signed_roster = read_study_document(request.document)
+        manifest = signed.verify()
+        if manifest.digest != man:
+            problem = "the offered study has another digest than was named"
+            raise VerificationError("participation.digest", problem)
+        roster = self._guard.check_offer(manifest, signed_roster)
+        self._guard.check_coordinator(manifest)
+        if self._studies.add(man, request.document):
+            log.info("%s %r received; read it and decide with 'wardround site approve'",
+                     label(man), manifest.study.name)  # fmt: skip
+        if decision == "approved":
+            self._guard.check_pins(manifest, roster)
+            self._guard.check_budget(manifest, self._guard.check_runnable(manifest), 1)
+            with self._lock(man):
+                self._run(man).computation.warm()
+        return Reply(request.kind, True, (), decision or "received")
+
+    def _run(self, man: bytes) -> Running:
+        """The running study of a manifest digest, begun or restored.
+
+        Guarantee: an_expired_run_is_erased - at start, while the agent runs, and at any request.
+        """
+        run = self._runs.get(man)
+        if run is None or run.retired:
+            run = self._begin(man)
         if run.site.expire(self._minute()):
             run.computation.end()
             raise RefusedError("participation.closed", "this run is closed at this hospital")
-        self._runs[man] = run
+        self._runs[man], self._open[man] = run, run.manifest.study.expires
+        if self._stopping:
+            # The agent was stopped before this run was there to be retired.
+            run.retire()
         return run
 
-    def _begin(self, man: bytes) -> _Run:
-        manifest, roster = self._approved(man)
+    def _begin(self, man: bytes) -> Running:
+        manifest, signed_roster = self._studies.read(man)
+        roster = self._guard.check_offer(manifest, signed_roster)
+        self._guard.check_pins(manifest, roster)
         admitted = self._guard.check_runnable(manifest)
         params = run_params(manifest, admitted, roster, self.identity.id)
         stored = self._run_file.load(man)
-        arguments = {
+        state = None if stored is None else RunState.from_bytes(stored)
+        arguments: dict[str, Any] = {
             "persist": lambda state: self._run_file.save(man, state.to_bytes()),
             "entropy": self._entropy,
             "sign": self.identity.protocol_key.sign,
         }
         charged_round = self._guard.last_charged_round(man)
-        if stored is None:
-            if charged_round:
-                raise RefusedError(
-                    "participation.lost", "this run's state is gone; it was charged and stays closed"
-                )
-            site = Site(params, **arguments)  # type: ignore[arg-type]
+        if state is not None:
+            arguments |= {"now": self._minute(), "charged_round": charged_round}
+            site = Site.restore(params, state, **arguments)
+        elif charged_round:
+            problem = "this run's state is gone; it was charged and stays closed"
+            raise RefusedError("participation.lost", problem)
         else:
-            site = Site.restore(
-                params,
-                RunState.from_bytes(stored),
-                now=self._minute(),
-                charged_round=charged_round,
-                **arguments,  # type: ignore[arg-type]
-            )
-        return _Run(
-            manifest,
-            params,
-            site,
-            Computation(
-                manifest.to_bytes(),
-                self._guard.source(manifest),
-                self._guard.split_key(self.identity.split_secret, man),
-            ),
-        )
-
-    def _approved(self, man: bytes) -> tuple[Manifest, Roster]:
-        manifest, signed_roster = self._studies.read(man)
-        roster = self._guard.check_offer(manifest, signed_roster)
-        self._guard.check_pins(manifest, roster)
-        return manifest, roster
+            site = Site(params, **arguments)
+        split_key = self._guard.split_key(self.identity.split_secret, man)
+        computation = self._computation(manifest.to_bytes(), self._guard.source(manifest), split_key)
+        return Running(manifest, params, site, computation, state.model_digest if state else b"")
 
     # -- rounds --------------------------------------------------------------------------------------------
 
-    def _ready(self, run: _Run, start: records.RoundStart, state_file: bytes) -> records.Ready:
+    def _ready(self, man: bytes, start: records.RoundStart, state_file: bytes) -> records.Ready:
         """R0 to R1: check, charge, compute, commit."""
         began = self._clock()
-        manifest, site = run.manifest, run.site
-        admitted = self._guard.check_runnable(manifest)
-        if records.state_digest(state_file) != start.state:
-            raise VerificationError("participation.state", "the state is not the one that the hub signed")
-        state = load_state(state_file, admitted.layout, manifest.study.aggregation.state_norm_bound)
-        digest = model_digest(state, admitted.layout)
-        if digest != start.model_digest:
-            raise VerificationError(
-                "participation.model", "the state has another digest than the round names"
-            )
-        if start.deadline <= began:
-            raise RefusedError("participation.deadline", "the round's deadline has passed")
-        self._guard.check_budget(manifest, admitted, start.round)
-        # Accepted before charged, so that a run file behind the ledger is known to be rolled back.
-        site.on_round_start(start)
-        self._guard.charge(manifest, admitted, start.round)
-        log.info("study %s: round %d charged", manifest.digest.hex()[:12], start.round)
-        ready_s = manifest.study.aggregation.ready_s
-        left_s = min(start.deadline - self._clock(), manifest.study.aggregation.deadline_s)
-        if ready_s:
-            left_s = min(left_s, began + ready_s - self._clock())
+        with self._lock(man):
+            self._check_approved(man)
+            run = self._run(man)
+            cut, dim, digest = self._accept(run, start, state_file, began)
+        timing = run.manifest.study.aggregation
+        left_s = min(start.deadline - self._clock(), timing.deadline_s)
+        if timing.ready_s:
+            left_s = min(left_s, began + timing.ready_s - self._clock())
         try:
-            q = run.computation.compute(state_file, admitted.dim, left_s)
-            return site.ready(q, np.zeros(0, dtype=np.int64), digest)
+            q = run.computation.compute(state_file, dim, left_s, cut)
+            with self._lock(man):
+                record = run.ready(q, digest, cut)
         finally:
             # The fixed time hides how long the computation took and whether it failed early; with
             # ready_s = 0 reports say that timing is not covered.
-            time.sleep(max(0.0, began + ready_s - self._clock()))
+            cut.wait(max(0.0, began + timing.ready_s - self._clock()))
+        with self._lock(man):
+            run.leaves(cut)
+        return record
 
-    def _upload(self, run: _Run, found: tuple[Record, ...]) -> tuple[Reply, tuple[bytes, ...]]:
+    def _accept(
+        self, run: Running, start: records.RoundStart, state_file: bytes, now: float
+    ) -> tuple[threading.Event, int, bytes]:
+        """Check and charge a round; what cuts it short, the model's numbers and its digest.
+
+        Guarantee: a_newer_round_ends_the_older - at once, but only a round that the machine accepts.
+        """
+        manifest = run.manifest
+        admitted = self._guard.check_runnable(manifest)
+        digest = run.check_model(start, state_file, admitted)
+        if start.deadline <= now:
+            raise RefusedError("participation.deadline", "the round's deadline has passed")
+        self._guard.check_budget(manifest, admitted, start.round)
+        became = run.became(start.model_digest)
+        # Accepted before charged, so that a run file behind the ledger is known to be rolled back.
+        run.site.on_round_start(start)
+        cut = run.accepted(start.model_digest)
+        self._settle(run.params.man, became)
+        self._guard.charge(manifest, admitted, start.round)
+        log.info("%s: round %d charged", run.label, start.round)
+        return cut, admitted.dim, digest
+
+    def _upload(self, run: Running, cohort: records.Cohort) -> tuple[Reply, tuple[bytes, ...]]:
         """R2 to R3: mask for the cohort, record that it leaves, hand over the payload."""
+        run.asked()
         site = run.site
-        header = site.on_cohort(_first(found, records.Cohort))
+        header = site.on_cohort(cohort)
         self._guard.released(run.params.man, site.round, site.attempt, header.ctx)
+        log.info("%s: round %d uploaded, attempt %d", run.label, site.round, site.attempt)
         payload = memoryview(site.payload())
         chunks = tuple(bytes(payload[span.start : span.stop]) for span in run.params.layout.spans)
         return Reply(messages.UPLOAD, True, (header,)), chunks
 
-    def _result(self, run: _Run, result: records.Result) -> None:
-        run.site.on_result(result)
-        log.info("study %s: round %d ended", run.manifest.digest.hex()[:12], run.site.round)
+    def _result(self, man: bytes, result: records.Result) -> None:
+        """R6: the opened round is over. The hub's last result may be overtaken by its closing of the run."""
+        if man in self._open:
+            self._run(man).site.on_result(result)
+        else:
+            manifest, _ = self._studies.read(man)
+            records.check_signature(result, man, key_bytes(manifest.hub), "the hub")
+        self._settle(man, "completed", result.ctx)
 
-    def _end(self, request: Request) -> Reply:
-        """Close the run: end its worker, erase its secrets.
+    def _settle(self, man: bytes, reason: OutcomeReason, ctx: bytes = b"") -> None:
+        """Write into the ledger what became of the last charged round, unless it stands there already."""
+        try:
+            if round_number := self._guard.settle(man, reason, ctx):
+                log.info("%s: round %d: %s", label(man), round_number, reason.replace("_", " "))
+        except WardroundError as error:
+            # It changes nothing about what was spent, and must not stand in the way of erasing.
+            log.warning("%s: the outcome was not recorded: %s", label(man), error)
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def _suspend(self, man: bytes, run: Running) -> None:
+        """Give a run up as a restart does: only an upload that was made can still be opened."""
+        run.retire()
+        with self._lock(man):
+            if not run.site.attempt:
+                self._settle(man, "site_stopped")
+
+    def _end_what_is_over(self) -> None:
+        for man, expires in list(self._open.items()):
+            if self._minute() >= expires or self._guard.decision(man) == "denied":
+                self._end(man, "site_stopped")
+
+    def _end(self, man: bytes, reason: OutcomeReason) -> None:
+        """Kill the worker, erase the secrets, say what became of the last round; again changes nothing.
 
         Guarantee: closing_erases_the_run - also one that this process has not touched since it started.
         """
-        run = self._runs.pop(request.man, None)
+        run = self._runs.get(man)
         if run is not None:
-            run.computation.end()
-            run.site.close()
-        if run is not None or self._erase(request.man):
+            # Not under the lock: at once.
+            run.retire()
+        with self._lock(man):
+            run, state = self._runs.pop(man, None), self._stored(man)
+            if run is not None:
+                run.retire()
+                run.site.close()
+            elif not state.closed:
+                self._run_file.save(man, state.ended().to_bytes())
+            self._open.pop(man, None)
+            if run is None and state.closed:
+                return
             self.closed += 1
-            log.info("study %s: closed, its secrets are erased", request.man.hex()[:12])
-        return Reply(request.kind)
+            log.info("%s: closed, its secrets are erased", label(man))
+            if state.opened is None:
+                # What was opened may have ended well: the result says so, if it comes.
+                self._settle(man, reason)
 
-    def _expired(self, man: bytes) -> bool:
+    def _lock(self, man: bytes) -> threading.RLock:
+        return self._locks[man[0] % LOCKS]
+
+    def _stored(self, man: bytes) -> RunState:
+        """The state in the run file: none is a closed one, and one that cannot be read is open."""
+        stored, me = self._run_file.load(man), self.identity.id
         try:
-            manifest, _ = self._studies.read(man)
+            return RunState(man, me, closed=True) if stored is None else RunState.from_bytes(stored)
+        except VerificationError:
+            return RunState(man, me)
+
+    def _expiry(self, man: bytes) -> str:
+        try:
+            return self._studies.read(man)[0].study.expires
         except WardroundError:
-            return False
-        return self._minute() >= manifest.study.expires
-
-    def _erase(self, man: bytes) -> bool:
-        """Overwrite a stored run by a closed one, readable or not; false when there is nothing to erase."""
-        closed = RunState(man, self.identity.id, closed=True).to_bytes()
-        if self._run_file.load(man) in (None, closed):
-            return False
-        self._run_file.save(man, closed)
-        return True
+            return "never"
 
 
-def _first(found: tuple[Record, ...], kind: type[R]) -> R:
-    return _all(found, kind)[0]
-
-
-def _all(found: tuple[Record, ...], kind: type[R]) -> tuple[R, ...]:
-    if not all(isinstance(record, kind) for record in found):
-        raise VerificationError("participation.record", f"the request must hold {kind.__name__} records")
-    return found  # type: ignore[return-value]
+def _said_of(error: Exception) -> str:
+    # The type alone: the text of an unforeseen exception might quote a row.
+    return str(error) if isinstance(error, WardroundError) else f"internal {type(error).__name__}"

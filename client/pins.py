@@ -26,10 +26,8 @@ class Pins:
             value = json.loads(self._home.pins.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise VerificationError(
-                "pins.file", f"{self._home.pins} is damaged", remedy="Restore it."
-            ) from error
+        except ValueError:
+            value = None
         if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
             raise VerificationError("pins.file", f"{self._home.pins} is damaged", remedy="Restore it.")
         return value

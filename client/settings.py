@@ -10,31 +10,29 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from common.contract import Strict
 from common.errors import RefusedError, UsageError
 from common.privacy.filter import Cap
 
-STRICT: Final = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 DELTA_LIMIT: Final = 1e-5
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class SiteSettings(BaseModel):
+class SiteSettings(Strict):
     """``site.toml``: this hospital's name and the hub's address as host:port."""
 
-    model_config = STRICT
     name: Text
     hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}$")]
 
 
-class Register(BaseModel):
+class Register(Strict):
     """The budget's owner: one random id, made once, and what all studies together may spend.
 
     ``epsilon_t`` holds while at most t members collude, ``epsilon_w`` when all others do.
     """
 
-    model_config = STRICT
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     # Far above 20 the sampler's bound times 1 + e^epsilon would use up delta: nothing would be admitted.
     epsilon_t: Annotated[float, Field(gt=0, le=20)]
@@ -45,9 +43,8 @@ class Register(BaseModel):
     @model_validator(mode="after")
     def _delta_is_small(self) -> "Register":
         if self.delta > DELTA_LIMIT and not self.delta_above_one_in_a_hundred_thousand:
-            raise ValueError(
-                "delta above 1e-5 needs delta_above_one_in_a_hundred_thousand = true, and reports say so"
-            )
+            flag = "delta_above_one_in_a_hundred_thousand = true"
+            raise ValueError(f"delta above 1e-5 needs {flag}, and reports say so")
         return self
 
     @property
@@ -56,10 +53,9 @@ class Register(BaseModel):
         return Cap(epsilon_t=self.epsilon_t, epsilon_w=self.epsilon_w, delta=self.delta)
 
 
-class DataSource(BaseModel):
+class DataSource(Strict):
     """A named extract: ``csv:/path`` or ``parquet:/path``."""
 
-    model_config = STRICT
     source: Annotated[str, Field(pattern=r"^(csv|parquet):.+$")]
     patient: Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -74,20 +70,18 @@ class DataSource(BaseModel):
         return Path(self.source.partition(":")[2])
 
 
-class Rules(BaseModel):
+class Rules(Strict):
     """What a study must meet before a person may approve it."""
 
-    model_config = STRICT
     coordinators: list[str] = Field(default_factory=list)
     minimum_hospitals: Annotated[int, Field(ge=3)] = 3
     allow_studies_without_differential_privacy: bool = False
     max_round_minutes: Annotated[int, Field(ge=1, le=24 * 60)] = 60
 
 
-class Policy(BaseModel):
+class Policy(Strict):
     """``policy.toml``."""
 
-    model_config = STRICT
     privacy_register: Annotated[Register, Field(alias="register")]
     rules: Rules = Rules()
     data: dict[Text, DataSource] = Field(default_factory=dict)
@@ -95,11 +89,9 @@ class Policy(BaseModel):
     def source(self, name: str) -> DataSource:
         """The extract that a study names. Raises RefusedError when the policy does not offer it."""
         if name not in self.data:
-            raise RefusedError(
-                "policy.data",
-                f"the policy offers no data source named {name!r}",
-                remedy=f"Add [data.{name}] with its source to policy.toml, or deny the study.",
-            )
+            problem = f"the policy offers no data source named {name!r}"
+            remedy = f"Add [data.{name}] with its source to policy.toml, or deny the study."
+            raise RefusedError("policy.data", problem, remedy=remedy)
         return self.data[name]
 
 
@@ -107,36 +99,24 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load(path: Path, model: type[Model]) -> Model:
-    """Read and validate one settings file.
-
-    Raises: UsageError naming the file, the field and the rule.
-    """
+    """Read and validate one settings file. Raises UsageError naming the file, the field and the rule."""
     try:
         return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise UsageError(
-            "settings.missing",
-            f"{path} is missing",
-            remedy="Restore it; only a new site is made by 'wardround site init', in a new folder.",
-        ) from error
+        remedy = "Restore it; only a new site is made by 'wardround site init', in a new folder."
+        raise UsageError("settings.missing", f"{path} is missing", remedy=remedy) from error
     except OSError as error:
-        raise UsageError(
-            "settings.unreadable",
-            f"{path} cannot be read: {error.strerror}",
-            remedy="Check that it is a file which the agent's account may read.",
-        ) from error
+        problem = f"{path} cannot be read: {error.strerror}"
+        remedy = "Check that it is a file which the agent's account may read."
+        raise UsageError("settings.unreadable", problem, remedy=remedy) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(
-            "settings.toml", f"{path} is not valid TOML: {error}", remedy="Correct that line."
-        ) from error
+        remedy = "Correct that line."
+        raise UsageError("settings.toml", f"{path} is not valid TOML: {error}", remedy=remedy) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(
-            "settings.field",
-            f"{path}: {field}: {first['msg']}",
-            remedy="Correct that field; unknown keys are errors.",
-        ) from error
+        remedy = "Correct that field; unknown keys are errors."
+        raise UsageError("settings.field", f"{path}: {field}: {first['msg']}", remedy=remedy) from error
 
 
 SITE_TEMPLATE: Final = """\
@@ -178,16 +158,14 @@ _NAME: Final = re.compile(r"[A-Za-z0-9 .'_-]{1,64}")
 def new_files(name: str, hub: str, register_id: str) -> dict[str, str]:
     """The two files of a new site. Raises UsageError when the name or the address is malformed."""
     if not _NAME.fullmatch(name):
-        raise UsageError(
-            "site.name", f"{name!r} is not a site name", remedy="Use 1-64 letters, digits, spaces and . ' _ -"
-        )
+        remedy = "Use 1-64 letters, digits, spaces and . ' _ -"
+        raise UsageError("site.name", f"{name!r} is not a site name", remedy=remedy)
     # Before they stand in a file: neither may hold what TOML would read otherwise.
     try:
         SiteSettings(name=name, hub=hub)
     except ValidationError as error:
-        raise UsageError(
-            "site.hub", f"{hub!r} is not an address", remedy="Give host:port, as the coordinator sent it."
-        ) from error
+        remedy = "Give host:port, as the coordinator sent it."
+        raise UsageError("site.hub", f"{hub!r} is not an address", remedy=remedy) from error
     return {
         "site.toml": SITE_TEMPLATE.format(name=name, hub=hub),
         "policy.toml": POLICY_TEMPLATE.format(register_id=register_id),

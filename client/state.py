@@ -145,7 +145,7 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 class RunFile:
-    """One row of secret state a study, replaced in one durable transaction.
+    """One row of secret state a study, replaced in one durable transaction. Thread-safe.
 
     Guarantee: run_state_is_durable - what save() returned from is there after kill -9.
     Assumes: erasure of replaced pages by secure_delete is best effort on flash.
@@ -155,6 +155,7 @@ class RunFile:
         """Open or make the file. Raises VerificationError when it is damaged."""
         path.parent.mkdir(mode=0o700, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             for pragma in PRAGMAS:
@@ -170,16 +171,21 @@ class RunFile:
 
     def runs(self) -> tuple[bytes, ...]:
         """Manifest digests of all runs that have a state, open or closed."""
-        return tuple(bytes(row[0]) for row in self._connection.execute("SELECT man FROM runs ORDER BY man"))
+        with self._lock:
+            return tuple(
+                bytes(row[0]) for row in self._connection.execute("SELECT man FROM runs ORDER BY man")
+            )
 
     def load(self, man: bytes) -> bytes | None:
         """The state of a run, or None when there is none."""
-        row = self._connection.execute("SELECT state FROM runs WHERE man = ?", (man,)).fetchone()
+        with self._lock:
+            row = self._connection.execute("SELECT state FROM runs WHERE man = ?", (man,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def save(self, man: bytes, state: bytes) -> None:
         """Replace the state of a run durably."""
-        with self._connection:
+        # Without the lock two threads' statements would share one transaction.
+        with self._lock, self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute(
                 "INSERT INTO runs (man, state) VALUES (?, ?) "
@@ -189,4 +195,5 @@ class RunFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        with self._lock:
+            self._connection.close()

@@ -39,11 +39,9 @@ class StudyFolder:
         try:
             return self._home.study(man.hex()).read_bytes()
         except FileNotFoundError as error:
-            raise RefusedError(
-                "studies.unknown",
-                f"no study {man.hex()[:12]} has been received",
-                remedy="See 'wardround site approve' for those that have.",
-            ) from error
+            problem = f"no study {man.hex()[:12]} has been received"
+            remedy = "See 'wardround site approve' for those that have."
+            raise RefusedError("studies.unknown", problem, remedy=remedy) from error
 
     def digests(self) -> list[str]:
         """Digests of all kept studies, ascending."""
@@ -58,20 +56,15 @@ class StudyFolder:
         """
         signed, roster = read_study_document(self.load(man))
         if digest("manifest", signed.manifest_bytes) != man:
-            raise VerificationError(
-                "studies.changed",
-                f"the file of study {man.hex()[:12]} holds another study",
-                remedy="Remove that file; the hub sends the study again.",
-            )
+            problem = f"the file of study {man.hex()[:12]} holds another study"
+            remedy = "Remove that file; the hub sends the study again."
+            raise VerificationError("studies.changed", problem, remedy=remedy)
         return signed.verify(), roster
 
     def resolve(self, prefix: str) -> str:
         """The full digest behind its first 6 or more digits. Raises UsageError."""
         found = [name for name in self.digests() if len(prefix) >= 6 and name.startswith(prefix)]
         if len(found) != 1:
-            raise UsageError(
-                "site.digest",
-                f"{prefix!r} names {len(found)} received studies",
-                remedy="Run 'wardround site approve' to list them.",
-            )
+            remedy = "Run 'wardround site approve' to list them."
+            raise UsageError("site.digest", f"{prefix!r} names {len(found)} received studies", remedy=remedy)
         return found[0]

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -25,9 +26,13 @@ from common.study import Manifest
 
 
 class Worker:
-    """One study's rows, loaded once, and the rounds computed on them."""
+    """One study's rows, loaded once, and the rounds computed on them.
 
-    def __init__(self) -> None:
+    ``entropy`` is the OS generator in the product: coins, noise and dither come from it.
+    """
+
+    def __init__(self, entropy: Callable[[int], bytes] = os.urandom) -> None:
+        self._entropy = entropy
         self._manifest: Manifest | None = None
         self._admitted: Admitted | None = None
         self._table: Table | None = None
@@ -54,12 +59,12 @@ class Worker:
             raise FailureError("worker.order", "the worker was asked to compute before it was prepared")
         study, admitted = self._manifest.study, self._admitted
         state = load_state(state_bytes, admitted.layout, study.aggregation.state_norm_bound)
-        gate = admitted.gate(os.urandom)
+        gate = admitted.gate(self._entropy)
         table = self._table
         delta = train_local(
             state, table.x, table.y, table.patient_index, study, gate, lambda _done, _steps: None
         )
-        release = gate.finish(delta, admitted.quantiser(os.urandom))
+        release = gate.finish(delta, admitted.quantiser(self._entropy))
         return release.q.astype("<i8").tobytes()
 
 

@@ -27,9 +27,11 @@ from common.privacy.gate import (
 from common.secagg.codec import fits, quantise
 from common.secagg.params import MAX_WORDS
 from common.study import Codec, DifferentialPrivacy, Manifest, Study
+from common.tasks.models import initial_norm
 from common.tasks.models.layout import Layout, layout, layout_digest, size
 
 TASK: Final = "training"
+MAX_PATIENT_WORDS: Final = 1 << 27
 REMEDY: Final = "Change the study and submit it again; its digest changes with it."
 
 _NO_ID: Final = "0" * 32
@@ -109,9 +111,17 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
     tensors = layout(study.model, study.contract)
     dim = size(tensors)
     if dim > MAX_WORDS:
-        raise _refusal("contract.features", f"the model has {dim} parameters, more than {MAX_WORDS}")
+        place = "model.hidden" if study.model.kind == "mlp" else "contract.features"
+        raise _refusal(place, f"the model has {dim} parameters, more than {MAX_WORDS}")
+    if dim * study.contract.rows_per_patient > MAX_PATIENT_WORDS:
+        # A patient is clipped whole: a hospital that ran out of memory would do so after its charge.
+        raise _refusal(
+            "contract.rows_per_patient",
+            f"the gradients of a patient's rows would be {dim * study.contract.rows_per_patient} numbers",
+            "Keep fewer rows of a patient, or use a smaller model.",
+        )
     _check_codec(study)
-    _check_state_norm(study)
+    _check_arithmetic(study)
     if study.aggregation.audit != "digests":
         raise _refusal("aggregation.audit", "kept payloads are not offered in this version", 'Use "digests".')
     admitted = Admitted(
@@ -152,13 +162,24 @@ def _gate_params(study: Study, dim: int) -> GateParams | PlainParams:
         raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error
 
 
-def _check_state_norm(study: Study) -> None:
-    """eta holds for weights up to a norm; training checks its iterates against it too."""
-    privacy, contract = study.privacy, study.contract
+def _check_arithmetic(study: Study) -> None:
+    """eta is derived for one linear layer, up to a norm; training checks its iterates against it too."""
+    privacy, contract, bound = study.privacy, study.contract, study.aggregation.state_norm_bound
+    start = initial_norm(study.model, contract)
+    if bound < start:
+        raise _refusal(
+            "aggregation.state_norm_bound", f"must be at least {start:.6g}, where the model starts"
+        )
     if not isinstance(privacy, DifferentialPrivacy) or privacy.arithmetic != "f64_bounded":
         return
+    if study.model.kind != "logistic_regression":
+        raise _refusal(
+            "privacy.arithmetic",
+            "f64_bounded is derived for logistic_regression alone",
+            'Use arithmetic = "f32_assumed"; reports list it as an assumption.',
+        )
     limit = weight_limit(privacy.max_patients, privacy.clip_norm, contract.rows_per_patient, contract.width)
-    if study.aggregation.state_norm_bound > limit:
+    if bound > limit:
         raise _refusal(
             "aggregation.state_norm_bound",
             f"the bound on rounding errors holds for models of norm up to {limit:.6g} only",

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import UsageError, VerificationError
-from common.identity import MAX_ID, check_name, read_secret, write_secret
+from common.identity import MAX_ID, check_name, name_problem, private_pem, read_secret, write_secret
 
 Role = Literal["site", "coordinator"]
 
@@ -37,6 +37,7 @@ _IDENTITY: Final = re.compile(r"wardround:(site|coordinator):([1-9][0-9]{0,4})")
 _HOST_LABEL: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST: Final = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*")
 _SERVER_NAME: Final = "wardround hub"
+_PEM: Final = serialization.Encoding.PEM
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Authority:
     @property
     def certificate_pem(self) -> bytes:
         """The public certificate, which every party trusts for this hub alone."""
-        return _pem(self.certificate)
+        return self.certificate.public_bytes(_PEM)
 
     @classmethod
     def create(cls, name: str, now: datetime) -> "Authority":
@@ -69,19 +70,11 @@ class Authority:
         subject = _common_name(check_name(name, "name of the authority"))
         identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
         builder = _builder(subject, subject, key.public_key(), now - BACKDATED, now + AUTHORITY_LIFETIME)
-        builder = (
-            builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(authority=True), critical=True)
-            .add_extension(identifier, critical=False)
-        )
-        return cls(builder.sign(key, hashes.SHA256()), key)
+        return cls(_signed(builder, key, x509.BasicConstraints(ca=True, path_length=0), identifier), key)
 
     def save(self, folder: Path) -> None:
-        """Write ``authority.key`` (a secret) and ``authority.pem`` into an existing folder.
-
-        Raises: RefusedError when the key is there already.
-        """
-        write_secret(folder / "authority.key", private_key_pem(self.key))
+        """Write ``authority.key`` (a secret) and ``authority.pem``. Raises RefusedError where a key is."""
+        write_secret(folder / "authority.key", private_pem(self.key))
         with (folder / "authority.pem").open("wb") as file:
             file.write(self.certificate_pem)
             file.flush()
@@ -94,19 +87,16 @@ class Authority:
             key = serialization.load_pem_private_key(read_secret(folder / "authority.key"), password=None)
             certificate = read_certificate((folder / "authority.pem").read_bytes(), "authority certificate")
         except (OSError, ValueError, TypeError) as error:
-            raise VerificationError(
-                "certificates.authority-files",
-                f"the authority in {folder} cannot be read",
-                remedy="Restore authority.key and authority.pem from the backup of the hub's keys.",
-            ) from error
+            problem = f"the authority in {folder} cannot be read"
+            remedy = "Restore authority.key and authority.pem from the backup of the hub's keys."
+            raise VerificationError("certificates.authority-files", problem, remedy=remedy) from error
         if (
             not isinstance(key, ec.EllipticCurvePrivateKey)
             or certificate.public_key() != key.public_key()
             or not isinstance(key.curve, ec.SECP256R1)
         ):
-            raise VerificationError(
-                "certificates.authority-key", f"authority.key and authority.pem in {folder} do not match"
-            )
+            problem = f"authority.key and authority.pem in {folder} do not match"
+            raise VerificationError("certificates.authority-key", problem)
         return cls(certificate, key)
 
     def issue_server(self, csr_pem: bytes, hosts: Sequence[str], now: datetime) -> bytes:
@@ -115,9 +105,8 @@ class Authority:
         Raises: UsageError on a bad host or none; VerificationError on a bad request or expired authority.
         """
         if not hosts or len(set(hosts)) != len(hosts):
-            raise UsageError(
-                "certificates.hosts", "the hosts of a server certificate are one or more, each once"
-            )
+            problem = "the hosts of a server certificate are one or more, each once"
+            raise UsageError("certificates.hosts", problem)
         names = x509.SubjectAlternativeName([_host_name(host) for host in hosts])
         return self._issue(csr_pem, _SERVER_NAME, names, ExtendedKeyUsageOID.SERVER_AUTH, now)
 
@@ -125,7 +114,6 @@ class Authority:
         """A client certificate (PEM) that names the holder of the request's key as this party.
 
         Guarantee: nothing_of_a_request_is_copied_but_its_key - subject and extensions in it are ignored.
-
         Raises: UsageError on a bad role, number or name; VerificationError on a bad request or expired
         authority.
         """
@@ -147,50 +135,34 @@ class Authority:
         _check_aware(now)
         public = read_request(csr_pem)
         if not self.certificate.not_valid_before_utc <= now < self.certificate.not_valid_after_utc:
-            raise VerificationError(
-                "certificates.authority-expired",
-                "the hub's authority is not valid at this time",
-                remedy="Check the clock; an expired authority must be made anew and sent to every party.",
-            )
+            problem = "the hub's authority is not valid at this time"
+            remedy = "Check the clock; an expired authority must be made anew and sent to every party."
+            raise VerificationError("certificates.authority-expired", problem, remedy=remedy)
         begins = max(now - BACKDATED, self.certificate.not_valid_before_utc)
         ends = min(now + LEAF_LIFETIME, self.certificate.not_valid_after_utc)
-        authority_identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
-        builder = _builder(_common_name(name), self.certificate.subject, public, begins, ends)
-        builder = (
-            builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(authority=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
-            .add_extension(names, critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(authority_identifier, critical=False)
+        constraints = x509.BasicConstraints(ca=False, path_length=None)
+        identifiers = (
+            x509.SubjectKeyIdentifier.from_public_key(public),
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()),
         )
-        return _pem(builder.sign(self.key, hashes.SHA256()))
+        builder = _builder(_common_name(name), self.certificate.subject, public, begins, ends)
+        purposes = x509.ExtendedKeyUsage([purpose])
+        return _signed(builder, self.key, constraints, purposes, names, *identifiers).public_bytes(_PEM)
 
 
 def new_tls_key_and_csr(name: str) -> tuple[bytes, bytes]:
     """A fresh P-256 key (PKCS #8 PEM, a secret) and a request for it (PEM) with ``name`` as common name."""
     check_name(name, "name in the certificate request")
     key = ec.generate_private_key(ec.SECP256R1())
-    request = (
-        x509.CertificateSigningRequestBuilder().subject_name(_common_name(name)).sign(key, hashes.SHA256())
-    )
-    return private_key_pem(key), request.public_bytes(serialization.Encoding.PEM)
-
-
-def private_key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """PKCS #8 PEM, unencrypted: goes only into write_secret and the TLS library."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_common_name(name))
+    return private_pem(key), builder.sign(key, hashes.SHA256()).public_bytes(_PEM)
 
 
 def read_request(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
-    """The public key of a certificate request.
+    """The public key of a certificate request. Raises VerificationError.
 
     Guarantee: forged_requests_are_refused - the request must be one PEM block in its own encoding, signed
     by the key it holds, and that key must be EC P-256.
-
-    Raises: VerificationError.
     """
     try:
         if len(csr_pem) > MAX_PEM_BYTES:
@@ -200,14 +172,12 @@ def read_request(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
         proven = request.is_signature_valid
     except (ValueError, InvalidSignature, TypeError) as error:
         raise VerificationError("certificates.request", "the certificate request cannot be read") from error
-    if request.public_bytes(serialization.Encoding.PEM) != csr_pem:
-        raise VerificationError(
-            "certificates.request", "the certificate request is not exactly one PEM block"
-        )
+    if request.public_bytes(_PEM) != csr_pem:
+        problem = "the certificate request is not exactly one PEM block"
+        raise VerificationError("certificates.request", problem)
     if not proven:
-        raise VerificationError(
-            "certificates.request-proof", "the certificate request is not signed by its key"
-        )
+        problem = "the certificate request is not signed by its key"
+        raise VerificationError("certificates.request-proof", problem)
     return _p256(key, "certificate request")
 
 
@@ -225,13 +195,11 @@ def read_certificate(certificate_pem: bytes, what: str) -> x509.Certificate:
 
 
 def peer_identity(certificate_pem: bytes) -> Peer:
-    """The party that a client certificate names, read strictly.
+    """The party that a client certificate names, read strictly. Raises VerificationError.
 
     Guarantee: only_client_certificates_name_a_peer - anything but one URI of the known form, one common
     name, the client purpose alone, no authority and a P-256 key is refused.
     Assumes: the TLS library has checked signature, authority and validity of the certificate.
-
-    Raises: VerificationError.
     """
     certificate = read_certificate(certificate_pem, "peer's certificate")
     try:
@@ -241,37 +209,28 @@ def peer_identity(certificate_pem: bytes) -> Peer:
         names = list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
         subject = [attribute.value for attribute in certificate.subject]
     except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
-        raise VerificationError(
-            "certificates.peer", "the peer's certificate lacks what a wardround client certificate has"
-        ) from error
+        problem = "the peer's certificate lacks what a wardround client certificate has"
+        raise VerificationError("certificates.peer", problem) from error
     if constraints.ca or purposes != [ExtendedKeyUsageOID.CLIENT_AUTH]:
-        raise VerificationError(
-            "certificates.peer-purpose", "the peer's certificate is not for clients alone"
-        )
+        problem = "the peer's certificate is not for clients alone"
+        raise VerificationError("certificates.peer-purpose", problem)
     uri = names[0].value if len(names) == 1 and isinstance(names[0], x509.UniformResourceIdentifier) else ""
     match = _IDENTITY.fullmatch(uri)
     if match is None or int(match[2]) > MAX_ID:
         raise VerificationError("certificates.peer-name", "the peer's certificate names no wardround party")
     common_names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     if len(subject) != 1 or len(common_names) != 1 or not isinstance(common_names[0].value, str):
-        raise VerificationError(
-            "certificates.peer-subject", "the peer's certificate must have one common name"
-        )
-    try:
-        name = check_name(common_names[0].value, "common name of the peer's certificate")
-    except UsageError as error:
-        raise VerificationError("certificates.peer-subject", error.problem) from error
+        problem = "the peer's certificate must have one common name"
+        raise VerificationError("certificates.peer-subject", problem)
+    name = common_names[0].value
+    if problem := name_problem(name, "common name of the peer's certificate"):
+        raise VerificationError("certificates.peer-subject", problem)
     role: Role = "site" if match[1] == "site" else "coordinator"
-    return Peer(role, int(match[2]), name, tls_fingerprint(certificate))
-
-
-def tls_fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of the subject public key info (DER), 64 hex digits: the key itself, whoever certifies it."""
-    return key_fingerprint(_p256(certificate.public_key(), "certificate"))
+    return Peer(role, int(match[2]), name, key_fingerprint(_p256(certificate.public_key(), "certificate")))
 
 
 def key_fingerprint(public: ec.EllipticCurvePublicKey) -> str:
-    """SHA-256 of a public key's subject public key info (DER), 64 hex digits."""
+    """SHA-256 of a key's subject public key info (DER), 64 hex digits, whoever certifies the key."""
     encoded = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(encoded).hexdigest()
 
@@ -295,9 +254,8 @@ def check_issued(certificate_pem: bytes, authority_pem: bytes) -> None:
         constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as error:
-        raise VerificationError(
-            "certificates.issuer", "the certificate is not signed by the authority beside it"
-        ) from error
+        problem = "the certificate is not signed by the authority beside it"
+        raise VerificationError("certificates.issuer", problem) from error
     if not constraints.ca:
         raise VerificationError("certificates.issuer", "the authority beside the certificate is no authority")
 
@@ -317,11 +275,9 @@ def _host_name(host: str) -> x509.GeneralName:
     except ValueError:
         # A numeric last label is a mistyped address, never a name (RFC 1123 section 2.1).
         if len(host) > 253 or not _HOST.fullmatch(host) or host.split(".")[-1].isdigit():
-            raise UsageError(
-                "certificates.host",
-                f"{host[:64]!r} is neither a host name nor an address",
-                remedy="Give plain names or addresses, without port and without wildcard.",
-            ) from None
+            problem = f"{host[:64]!r} is neither a host name nor an address"
+            remedy = "Give plain names or addresses, without port and without wildcard."
+            raise UsageError("certificates.host", problem, remedy=remedy) from None
         return x509.DNSName(host.lower())
 
 
@@ -331,26 +287,24 @@ def _p256(key: object, what: str) -> ec.EllipticCurvePublicKey:
     return key
 
 
-def _usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+def _signed(
+    builder: x509.CertificateBuilder,
+    key: ec.EllipticCurvePrivateKey,
+    constraints: x509.BasicConstraints,
+    *extensions: x509.ExtensionType,
+) -> x509.Certificate:
+    others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    unused = dict.fromkeys((*others, "encipher_only", "decipher_only"), False)
+    ca = constraints.ca
+    usage = x509.KeyUsage(digital_signature=not ca, key_cert_sign=ca, crl_sign=ca, **unused)
+    builder = builder.add_extension(constraints, critical=True).add_extension(usage, critical=True)
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(key, hashes.SHA256())
 
 
 def _builder(
-    subject: x509.Name,
-    issuer: x509.Name,
-    public: ec.EllipticCurvePublicKey,
-    begins: datetime,
-    ends: datetime,
+    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, begins: datetime, ends: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -361,7 +315,3 @@ def _builder(
         .not_valid_before(begins)
         .not_valid_after(ends)
     )
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)

@@ -48,7 +48,14 @@ def _printable(value: str) -> str:
     return value
 
 
+def _different(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("must differ from each other")
+    return values
+
+
 LISTED: Final = BeforeValidator(_as_tuple)
+DIFFERENT: Final = AfterValidator(_different)
 Column: TypeAlias = Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_printable)]
 Code: TypeAlias = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printable)]
 Line: TypeAlias = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
@@ -56,14 +63,18 @@ Finite: TypeAlias = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Values: TypeAlias = Sequence[object] | NDArray[np.float64]
 
 
-class Number(BaseModel):
+class Strict(BaseModel):
+    """A frozen document: unknown fields, values of another JSON type, NaN and infinity are refused."""
+
+    model_config = STRICT
+
+
+class Number(Strict):
     """A numeric column, scaled to [-1, 1] by its public range in ``unit``.
 
     ``log`` takes the logarithm of value and range first. ``missing`` is what stands for an absent value, in
     raw units; without it an absent value is 0 after scaling. ``citation`` says where the range comes from.
     """
-
-    model_config = STRICT
 
     kind: Literal["number"]
     name: Column
@@ -82,13 +93,10 @@ class Number(BaseModel):
             raise broken("minimum", "must be above 0 for a log transform")
         if self.missing is not None and not self.minimum <= self.missing <= self.maximum:
             raise broken("missing", "must be inside minimum and maximum")
-        if not self._scale_is_finite():
+        low, high = self._bounds
+        if high <= low or not math.isfinite(2.0 / (high - low)):
             raise broken("maximum", "must be further above minimum: the range has no width in float64")
         return self
-
-    def _scale_is_finite(self) -> bool:
-        low, high = self._bounds
-        return high > low and math.isfinite(2.0 / (high - low))
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -108,10 +116,7 @@ class Number(BaseModel):
         absent = ~np.isfinite(raw)
         clamped = np.clip(np.where(absent, self.minimum, raw), self.minimum, self.maximum)
         scaled = self._scaled(clamped, low, high)
-        constant = 0.0
-        if self.missing is not None:
-            constant = float(self._scaled(np.array([self.missing]), low, high)[0])
-        scaled[absent] = constant
+        scaled[absent] = 0.0 if self.missing is None else self._scaled(np.array([self.missing]), low, high)[0]
         return scaled[:, np.newaxis]
 
     def _scaled(self, inside: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
@@ -121,23 +126,15 @@ class Number(BaseModel):
         return np.clip(2.0 * (inside - low) / (high - low) - 1.0, -1.0, 1.0)
 
 
-class Category(BaseModel):
+class Category(Strict):
     """A coded column as one coordinate for each code, 1 where it holds; an unknown code is all zeros.
 
     Codes are compared as text, blanks around them ignored; a whole number is compared without decimals.
     """
 
-    model_config = STRICT
-
     kind: Literal["category"]
     name: Column
-    codes: Annotated[tuple[Code, ...], LISTED, Field(min_length=1, max_length=10_000)]
-
-    @model_validator(mode="after")
-    def _codes_differ(self) -> Self:
-        if len(set(self.codes)) != len(self.codes):
-            raise broken("codes", "must differ from each other")
-        return self
+    codes: Annotated[tuple[Code, ...], LISTED, Field(min_length=1, max_length=10_000), DIFFERENT]
 
     @property
     def width(self) -> int:
@@ -153,32 +150,22 @@ class Category(BaseModel):
         return rows
 
 
-class Label(BaseModel):
+class Label(Strict):
     """The column that a model learns: its classes, in the order of the model's outputs."""
 
-    model_config = STRICT
-
     name: Column
-    classes: Annotated[tuple[Code, ...], LISTED, Field(min_length=2, max_length=1000)]
-
-    @model_validator(mode="after")
-    def _classes_differ(self) -> Self:
-        if len(set(self.classes)) != len(self.classes):
-            raise broken("classes", "must differ from each other")
-        return self
+    classes: Annotated[tuple[Code, ...], LISTED, Field(min_length=2, max_length=1000), DIFFERENT]
 
 
 Feature: TypeAlias = Annotated[Number | Category, Field(discriminator="kind")]
 
 
-class Contract(BaseModel):
+class Contract(Strict):
     """What a hospital's table must hold: a patient column, features, a label.
 
     ``rows_per_patient`` K: at most so many rows of one patient are used. ``holdout``: the share of patients
     whom each hospital keeps out of training, by its own secret.
     """
-
-    model_config = STRICT
 
     patient: Column
     rows_per_patient: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -217,16 +204,13 @@ class Contract(BaseModel):
 
         Guarantee: each_row_is_encoded_alone - adding, changing or reordering other rows changes no bit.
         Guarantee: encoding_is_total - no cell value raises, and every result is finite and inside [-1, 1].
-
         Raises: ContractError when a column is missing or columns differ in length.
         """
         absent = [name for name in self.columns if name not in columns]
         if absent:
-            raise ContractError(
-                "contract.column",
-                f"the table has no column {absent[0]!r}, which the contract needs",
-                remedy="Add the column to the extract, or ask the coordinator to change the contract.",
-            )
+            problem = f"the table has no column {absent[0]!r}, which the contract needs"
+            remedy = "Add the column to the extract, or ask the coordinator to change the contract."
+            raise ContractError("contract.column", problem, remedy=remedy)
         if len({len(columns[name]) for name in self.columns}) != 1:
             raise ContractError("contract.length", "the table's columns have different lengths")
         blocks = [feature.encode(columns[feature.name]) for feature in self.features]

@@ -7,7 +7,9 @@ sequences of parts never give the same bytes; integers are little-endian with a 
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Callable
+from inspect import get_annotations
+from typing import Any, get_args
 
 import rfc8785
 from cryptography.hazmat.primitives import hashes
@@ -20,24 +22,12 @@ DIGEST_SIZE_BYTES = 32
 LARGEST_INTEGER = (1 << 53) - 1
 
 
-def u8(value: int) -> bytes:
-    """One byte. Raises OverflowError outside [0, 2^8)."""
-    return value.to_bytes(1, "little")
+def _unsigned(size_bytes: int) -> Callable[[int], bytes]:
+    return lambda value: value.to_bytes(size_bytes, "little")
 
 
-def u16(value: int) -> bytes:
-    """Two bytes, little-endian. Raises OverflowError outside [0, 2^16)."""
-    return value.to_bytes(2, "little")
-
-
-def u32(value: int) -> bytes:
-    """Four bytes, little-endian. Raises OverflowError outside [0, 2^32)."""
-    return value.to_bytes(4, "little")
-
-
-def u64(value: int) -> bytes:
-    """Eight bytes, little-endian. Raises OverflowError outside [0, 2^64)."""
-    return value.to_bytes(8, "little")
+u8, u16, u32, u64 = (_unsigned(size_bytes) for size_bytes in (1, 2, 4, 8))
+"""The little-endian bytes of an unsigned integer of so many bits. Raises OverflowError past the width."""
 
 
 def enc(*parts: bytes) -> bytes:
@@ -54,10 +44,7 @@ def labelled(label: str, *parts: bytes) -> bytes:
 
 
 def split_labelled(label: str, data: bytes, what: str) -> list[bytes]:
-    """The parts inside labelled(label, ...), refusing every byte string that labelled does not make.
-
-    Raises: VerificationError naming ``what``.
-    """
+    """The parts inside labelled(label, ...), and nothing else. Raises VerificationError naming ``what``."""
     parts: list[bytes] = []
     position = 0
     while position < len(data):
@@ -87,14 +74,21 @@ def derive(key: bytes, label: str, *parts: bytes) -> bytes:
     return HKDFExpand(algorithm=hashes.SHA256(), length=32, info=labelled(label, *parts)).derive(key)
 
 
+def annotations_of(cls: type) -> tuple[tuple[str, Any], ...]:
+    """(name, mark) of each field that ``cls`` declares as ``Annotated[type, mark]``, in their order.
+
+    A document or a record states with each field how it is written; this is what its writer goes by.
+    """
+    return tuple((name, get_args(kind)[1]) for name, kind in get_annotations(cls).items())
+
+
 def canonical_json(value: Any) -> bytes:
     """RFC 8785 bytes of a JSON value. Raises VerificationError on NaN, Inf and integers past 2^53."""
     try:
         return rfc8785.dumps(value)
     except rfc8785.CanonicalizationError as error:
-        raise VerificationError(
-            "encoding.not-canonical", f"the value has no RFC 8785 form: {error}"
-        ) from error
+        problem = f"the value has no RFC 8785 form: {error}"
+        raise VerificationError("encoding.not-canonical", problem) from error
 
 
 def parse_canonical_json(data: bytes, what: str) -> Any:
@@ -104,7 +98,6 @@ def parse_canonical_json(data: bytes, what: str) -> Any:
 
     Guarantee: only_canonical_json_is_read - duplicate keys, NaN, white space, other key orders and
     other number forms are refused, because re-encoding would not give the same bytes.
-
     Raises: VerificationError naming ``what``.
     """
     try:

@@ -7,7 +7,6 @@ so one key's signature never means two things; a secret is a file of mode 0600 o
 """
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ from typing import Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 from common.encoding import digest
 from common.errors import RefusedError, UsageError, VerificationError
@@ -35,19 +35,21 @@ _SMALL_ORDER_Y: Final = frozenset({0, 1, _FIELD_PRIME - 1, _ORDER_8_Y, _FIELD_PR
 """The y coordinates of the eight points whose order divides the cofactor 8."""
 
 
-def check_name(name: str, what: str) -> str:
-    """``name`` itself when it is a name of a party: 1-64 of letters, digits, single spaces and . ' _ -
+def name_problem(name: str, what: str) -> str:
+    """Why ``name`` is no party's name, naming ``what``; empty when it is 1-64 of letters, digits, single
+    spaces and . ' _ -
 
     Two names that people would read alike ("A  B" and "A B", or with a space at an end) cannot both exist.
-
-    Raises: UsageError naming ``what``.
     """
-    if len(name) > 64 or not _NAME.fullmatch(name):
-        raise UsageError(
-            "identity.name",
-            f"the {what} is not a name: 1-64 letters, digits, single spaces and . ' _ - are allowed",
-            remedy="Choose a name of those characters.",
-        )
+    if len(name) <= 64 and _NAME.fullmatch(name):
+        return ""
+    return f"the {what} is not a name: 1-64 letters, digits, single spaces and . ' _ - are allowed"
+
+
+def check_name(name: str, what: str) -> str:
+    """``name`` itself when it is a name of a party. Raises UsageError naming ``what``."""
+    if problem := name_problem(name, what):
+        raise UsageError("identity.name", problem, remedy="Choose a name of those characters.")
     return name
 
 
@@ -65,7 +67,6 @@ def check_public_key(public: bytes, what: str) -> bytes:
     """``public`` itself when it can be somebody's key: 32 bytes, canonical, not of small order.
 
     Guarantee: small_order_keys_are_refused - under such a key one signature would fit many messages.
-
     Raises: VerificationError naming ``what``.
     """
     if len(public) != KEY_SIZE_BYTES:
@@ -82,11 +83,9 @@ def key_text(public: bytes) -> str:
 
 
 def key_bytes(text: str, what: str = "key") -> bytes:
-    """The 32 raw bytes of ``key_text``.
+    """The 32 raw bytes of ``key_text``. Raises VerificationError naming ``what``.
 
     Guarantee: key_text_is_canonical - only the text that key_text makes is accepted.
-
-    Raises: VerificationError naming ``what``.
     """
     if not text.startswith(_KEY_PREFIX):
         raise VerificationError("identity.key-text", f"the {what} does not begin with {_KEY_PREFIX!r}")
@@ -102,7 +101,7 @@ def base64url_bytes(text: str, what: str) -> bytes:
     """The bytes of ``base64url``, canonical only. Raises VerificationError naming ``what``."""
     try:
         data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    except (ValueError, binascii.Error) as error:
+    except ValueError as error:
         raise VerificationError("identity.base64", f"the {what} is not base64url") from error
     # The decoder skips foreign characters and ignores spare bits: only a round trip is exact.
     if base64url(data) != text:
@@ -113,52 +112,41 @@ def base64url_bytes(text: str, what: str) -> bytes:
 def fingerprint(raw: bytes) -> str:
     """The first 16 bytes of SHA-256 as eight groups of four hex digits, for comparing by voice or eye.
 
-    128 bits: no second key with the fingerprint of a given one can be found. The owner of two keys could
-    make them collide with about 2^64 work, which misleads nobody about another hospital.
+    128 bits: nobody finds a second key for a given fingerprint; an owner of two keys who makes them collide
+    (2^64 work) misleads nobody about another hospital.
     """
     text = hashlib.sha256(raw).hexdigest()[:32]
     return "-".join(text[start : start + 4] for start in range(0, 32, 4))
 
 
 def party_fingerprint(name: str, protocol_key: bytes, ledger_key: bytes) -> str:
-    """One fingerprint for a hospital: over its name and both of its public keys, in this order.
-
-    The hospital reads it from its own admission request, the others from the roster.
-    """
+    """One fingerprint for a hospital: over its name and both of its public keys, in this order."""
     return fingerprint(digest("party", name.encode("ascii"), protocol_key, ledger_key))
 
 
 def sign(private: Ed25519PrivateKey, data: bytes) -> bytes:
-    """An Ed25519 signature, 64 bytes.
-
-    Assumes: ``data`` begins with a label (common.encoding.labelled) that says what is signed.
-    """
+    """An Ed25519 signature, 64 bytes. Assumes: ``data`` begins with a label of its own (encoding)."""
     return private.sign(data)
 
 
 def verify(public: bytes, signature: bytes, data: bytes, what: str) -> None:
-    """Check an Ed25519 signature.
+    """Check an Ed25519 signature. Raises VerificationError naming ``what``.
 
     Guarantee: forged_signatures_are_refused - another key, message, label or signature does not verify.
-
-    Raises: VerificationError naming ``what``.
     """
     check_public_key(public, f"key of the {what}")
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
     except (InvalidSignature, ValueError) as error:
-        raise VerificationError(
-            "identity.signature",
-            f"the signature of the {what} does not verify",
-            remedy="Compare the key's fingerprint with its owner out of band; do not use this document.",
-        ) from error
+        problem = f"the signature of the {what} does not verify"
+        remedy = "Compare the key's fingerprint with its owner out of band; do not use this document."
+        raise VerificationError("identity.signature", problem, remedy=remedy) from error
 
 
 def write_secret(path: Path, data: bytes) -> None:
     """Create a file of mode 0600 holding ``data``, durable when this returns.
 
     Guarantee: secrets_are_never_overwritten - an existing path, also a link, is refused and left alone.
-
     Raises: RefusedError when the path exists or ``data`` is empty or longer than read_secret reads.
     """
     if not 0 < len(data) <= MAX_SECRET_BYTES:
@@ -167,11 +155,9 @@ def write_secret(path: Path, data: bytes) -> None:
     try:
         descriptor = os.open(path, flags, 0o600)
     except FileExistsError as error:
-        raise RefusedError(
-            "identity.secret-exists",
-            f"{path} exists already; a secret is never overwritten",
-            remedy="Keep it, or move it away first if it is really no longer needed.",
-        ) from error
+        problem = f"{path} exists already; a secret is never overwritten"
+        remedy = "Keep it, or move it away first if it is really no longer needed."
+        raise RefusedError("identity.secret-exists", problem, remedy=remedy) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, 0o600)  # whatever the umask and default ACLs say
@@ -181,70 +167,55 @@ def write_secret(path: Path, data: bytes) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def read_secret(path: Path) -> bytes:
-    """Read a secret that nobody else can read or replace.
-
-    A file inside systemd's credentials folder is taken as it is: systemd keeps it in memory, read-only,
-    for this service alone, and marks it with an access list that looks like a group's permission.
+    """Read a secret that nobody else can read or replace. Raises RefusedError naming the path and the rule.
 
     Guarantee: exposed_secrets_are_refused - a file of another owner, with any permission for group or
     world, or that is not a regular file, is not used.
-
-    Raises: RefusedError naming the path and the rule.
     """
     try:
         # Without O_NONBLOCK a pipe put in place of the file would block the agent for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise RefusedError(
-            "identity.secret-unreadable",
-            f"the secret {path} cannot be read: {error.strerror}",
-            remedy="Check that the file exists and belongs to the account that runs wardround.",
-        ) from error
+        problem = f"the secret {path} cannot be read: {error.strerror}"
+        remedy = "Check that the file exists and belongs to the account that runs wardround."
+        raise RefusedError("identity.secret-unreadable", problem, remedy=remedy) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RefusedError("identity.secret-kind", f"the secret {path} is not a regular file")
-        if not _is_systemd_credential(path):
+        # systemd keeps a credential in memory, read-only, for this service alone, and marks it with an access
+        # list that looks like a group's permission: it is taken as it is.
+        credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+        if not credentials or path.parent != Path(credentials):
             _check_private(path, status)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(MAX_SECRET_BYTES + 1)
     finally:
         os.close(descriptor)
     if not 0 < len(data) <= MAX_SECRET_BYTES:
-        raise RefusedError(
-            "identity.secret-size",
-            f"the secret {path} is empty or longer than {MAX_SECRET_BYTES} bytes",
-            remedy="Restore it from the backup of the keys, or make a new identity.",
-        )
+        problem = f"the secret {path} is empty or longer than {MAX_SECRET_BYTES} bytes"
+        remedy = "Restore it from the backup of the keys, or make a new identity."
+        raise RefusedError("identity.secret-size", problem, remedy=remedy)
     return data
 
 
 def _check_private(path: Path, status: os.stat_result) -> None:
     if status.st_uid != os.geteuid():
-        raise RefusedError(
-            "identity.secret-owner",
-            f"the secret {path} belongs to another account",
-            remedy="Run wardround as the owner of its files, or change the file's owner.",
-        )
+        problem = f"the secret {path} belongs to another account"
+        remedy = "Run wardround as the owner of its files, or change the file's owner."
+        raise RefusedError("identity.secret-owner", problem, remedy=remedy)
     if status.st_mode & 0o077:
-        raise RefusedError(
-            "identity.secret-mode",
-            f"the secret {path} is open to group or world (mode {stat.S_IMODE(status.st_mode):04o})",
-            remedy=f"Run 'chmod 600 {path}', and consider whether someone has read it.",
-        )
+        problem = f"the secret {path} is open to group or world (mode {stat.S_IMODE(status.st_mode):04o})"
+        remedy = f"Run 'chmod 600 {path}', and consider whether someone has read it."
+        raise RefusedError("identity.secret-mode", problem, remedy=remedy)
 
 
-def _is_systemd_credential(path: Path) -> bool:
-    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
-    return bool(folder) and path.parent == Path(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    # The new name is durable only when the folder that holds it has been written too.
+def sync_folder(folder: Path) -> None:
+    """Write the folder itself to disk: until then a new name in it is not durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -254,12 +225,13 @@ def _sync_folder(folder: Path) -> None:
 
 def save_signing_key(path: Path, private: Ed25519PrivateKey) -> None:
     """Write an Ed25519 key as PKCS #8 PEM by write_secret. Raises RefusedError when the path exists."""
-    write_secret(
-        path,
-        private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ),
-    )
+    write_secret(path, private_pem(private))
+
+
+def private_pem(key: PrivateKeyTypes) -> bytes:
+    """PKCS #8 PEM, unencrypted: goes only into write_secret and the TLS library."""
+    form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return key.private_bytes(serialization.Encoding.PEM, form, plain)
 
 
 def load_signing_key(path: Path) -> Ed25519PrivateKey:

@@ -42,6 +42,14 @@ class Chunk(_message.Message):
     digest: bytes
     def __init__(self, message_id: _Optional[str] = ..., index: _Optional[int] = ..., data: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
+class Want(_message.Message):
+    __slots__ = ("message_id", "indices")
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, message_id: _Optional[str] = ..., indices: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Heartbeat(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -59,14 +67,18 @@ class SiteFrame(_message.Message):
     def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., reply: _Optional[_Union[Envelope, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class HubFrame(_message.Message):
-    __slots__ = ("greeting", "request", "chunk")
+    __slots__ = ("greeting", "request", "chunk", "want", "heartbeat")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    WANT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     greeting: Greeting
     request: Envelope
     chunk: Chunk
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., request: _Optional[_Union[Envelope, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ...) -> None: ...
+    want: Want
+    heartbeat: Heartbeat
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., request: _Optional[_Union[Envelope, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Empty(_message.Message):
     __slots__ = ()
@@ -149,3 +161,31 @@ class StudyEvent(_message.Message):
     cohort: _containers.RepeatedScalarFieldContainer[int]
     seconds: float
     def __init__(self, study: _Optional[_Union[StudyInfo, _Mapping]] = ..., sites: _Optional[_Iterable[_Union[SiteStatus, _Mapping]]] = ..., cohort: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class RoundInfo(_message.Message):
+    __slots__ = ("step", "number", "attempt", "cohort", "seconds", "lost")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    number: int
+    attempt: int
+    cohort: _containers.RepeatedScalarFieldContainer[int]
+    seconds: float
+    lost: str
+    def __init__(self, step: _Optional[int] = ..., number: _Optional[int] = ..., attempt: _Optional[int] = ..., cohort: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., lost: _Optional[str] = ...) -> None: ...
+
+class StudyDetail(_message.Message):
+    __slots__ = ("study", "manifest", "sites", "rounds")
+    STUDY_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    study: StudyInfo
+    manifest: Document
+    sites: _containers.RepeatedCompositeFieldContainer[SiteStatus]
+    rounds: _containers.RepeatedCompositeFieldContainer[RoundInfo]
+    def __init__(self, study: _Optional[_Union[StudyInfo, _Mapping]] = ..., manifest: _Optional[_Union[Document, _Mapping]] = ..., sites: _Optional[_Iterable[_Union[SiteStatus, _Mapping]]] = ..., rounds: _Optional[_Iterable[_Union[RoundInfo, _Mapping]]] = ...) -> None: ...

@@ -122,6 +122,11 @@ class StudiesStub:
                 request_serializer=common_dot_link__pb2.Empty.SerializeToString,
                 response_deserializer=common_dot_link__pb2.StudyList.FromString,
                 _registered_method=True)
+        self.Show = channel.unary_unary(
+                '/wardround.v1.Studies/Show',
+                request_serializer=common_dot_link__pb2.StudyReference.SerializeToString,
+                response_deserializer=common_dot_link__pb2.StudyDetail.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/wardround.v1.Studies/Watch',
                 request_serializer=common_dot_link__pb2.StudyReference.SerializeToString,
@@ -155,6 +160,12 @@ class StudiesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Show(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,6 +206,11 @@ def add_StudiesServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=common_dot_link__pb2.Empty.FromString,
                     response_serializer=common_dot_link__pb2.StudyList.SerializeToString,
+            ),
+            'Show': grpc.unary_unary_rpc_method_handler(
+                    servicer.Show,
+                    request_deserializer=common_dot_link__pb2.StudyReference.FromString,
+                    response_serializer=common_dot_link__pb2.StudyDetail.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -293,6 +309,33 @@ class Studies:
             '/wardround.v1.Studies/List',
             common_dot_link__pb2.Empty.SerializeToString,
             common_dot_link__pb2.StudyList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Show(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/wardround.v1.Studies/Show',
+            common_dot_link__pb2.StudyReference.SerializeToString,
+            common_dot_link__pb2.StudyDetail.FromString,
             options,
             channel_credentials,
             insecure,

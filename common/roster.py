@@ -11,22 +11,13 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from common import identity
 from common.encoding import canonical_json, digest, labelled, parse_canonical_json
-from common.errors import RefusedError, UsageError, VerificationError
-from common.identity import (
-    MAX_ID,
-    check_name,
-    check_public_key,
-    key_bytes,
-    key_text,
-    party_fingerprint,
-    sign,
-    verify,
-)
+from common.errors import RefusedError, VerificationError
+from common.identity import MAX_ID, key_bytes, key_text, party_fingerprint
 
 SCHEMA: Final = 1
 MAX_MEMBERS: Final = 1000
-_MEMBER_FIELDS: Final = frozenset({"id", "name", "protocol_key", "ledger_key"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +31,32 @@ class Member:
 
     @property
     def fingerprint(self) -> str:
-        """What people compare and pin: over the name and both keys (identity.party_fingerprint)."""
+        """What people compare and pin: over the name and both keys (party_fingerprint)."""
         return party_fingerprint(self.name, self.protocol_key, self.ledger_key)
+
+    def to_fields(self) -> dict[str, str | int]:
+        """The member as JSON."""
+        keys = {"protocol_key": key_text(self.protocol_key), "ledger_key": key_text(self.ledger_key)}
+        return {"id": self.id, "name": self.name, **keys}
+
+    @classmethod
+    def from_fields(cls, entry: Any) -> "Member":
+        """Read to_fields strictly. Raises VerificationError."""
+        if not isinstance(entry, dict) or set(entry) != {"id", "name", "protocol_key", "ledger_key"}:
+            raise VerificationError("roster.member", "a roster member does not have exactly its four fields")
+        number, name, *keys = (entry[field] for field in ("id", "name", "protocol_key", "ledger_key"))
+        if type(number) is not int or not all(isinstance(text, str) for text in (name, *keys)):
+            raise VerificationError("roster.member", "a field of a roster member has the wrong type")
+        protocol_key, ledger_key = (key_bytes(text, f"key of roster member {number}") for text in keys)
+        return cls(number, name, protocol_key, ledger_key)
 
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """Members in ascending order of id.
+    """Members in ascending order of id. Raises VerificationError on construction.
 
     Guarantee: inconsistent_rosters_are_refused - no member, more than 1000, a bad or repeated id, name (in
     any case of its letters) or key, or another order.
-
-    Raises: VerificationError on construction.
     """
 
     members: tuple[Member, ...]
@@ -64,15 +69,13 @@ class Roster:
             if not last < member.id <= MAX_ID:
                 raise VerificationError("roster.order", f"member ids must ascend within 1 to {MAX_ID}")
             last = member.id
-            try:
-                name = check_name(member.name, f"name of roster member {member.id}").lower()
-            except UsageError as error:
-                raise VerificationError("roster.name", error.problem) from error
-            if name in names:
+            if problem := identity.name_problem(member.name, f"name of roster member {member.id}"):
+                raise VerificationError("roster.name", problem)
+            if member.name.lower() in names:
                 raise VerificationError("roster.name", f"the name of roster member {member.id} is used twice")
-            names.add(name)
+            names.add(member.name.lower())
             for key in (member.protocol_key, member.ledger_key):
-                if check_public_key(key, f"key of roster member {member.id}") in keys:
+                if identity.check_public_key(key, f"key of roster member {member.id}") in keys:
                     raise VerificationError("roster.key", f"a key of roster member {member.id} is used twice")
                 keys.add(key)
 
@@ -85,34 +88,17 @@ class Roster:
 
     def to_bytes(self) -> bytes:
         """RFC 8785 form."""
-        return canonical_json(
-            {
-                "schema": SCHEMA,
-                "members": [
-                    {
-                        "id": member.id,
-                        "name": member.name,
-                        "protocol_key": key_text(member.protocol_key),
-                        "ledger_key": key_text(member.ledger_key),
-                    }
-                    for member in self.members
-                ],
-            }
-        )
+        return canonical_json({"schema": SCHEMA, "members": [m.to_fields() for m in self.members]})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Roster":
         """Read to_bytes strictly: only the bytes that it makes are accepted. Raises VerificationError."""
         value = parse_canonical_json(data, "the roster")
-        if (
-            not isinstance(value, dict)
-            or set(value) != {"schema", "members"}
-            or type(value["schema"]) is not int
-            or value["schema"] != SCHEMA
-            or not isinstance(value["members"], list)
-        ):
+        shaped = isinstance(value, dict) and set(value) == {"schema", "members"}
+        shaped = shaped and (type(value["schema"]), value["schema"]) == (int, SCHEMA)
+        if not (shaped and isinstance(value["members"], list)):
             raise VerificationError("roster.shape", f"the roster is not of schema {SCHEMA}")
-        return cls(tuple(_read_member(entry) for entry in value["members"]))
+        return cls(tuple(Member.from_fields(entry) for entry in value["members"]))
 
     @property
     def digest(self) -> bytes:
@@ -131,7 +117,7 @@ class SignedRoster:
     def create(cls, roster: Roster, hub_key: Ed25519PrivateKey) -> "SignedRoster":
         """Sign a roster as the hub."""
         data = roster.to_bytes()
-        return cls(data, sign(hub_key, _signed_bytes(data)))
+        return cls(data, identity.sign(hub_key, _signed_bytes(data)))
 
     @property
     def digest(self) -> bytes:
@@ -139,13 +125,11 @@ class SignedRoster:
         return digest("roster", self.data)
 
     def verify(self, hub_key: bytes) -> Roster:
-        """The roster, when the hub (raw public key) signed these bytes.
+        """The roster, when the hub (raw public key) signed these bytes. Raises VerificationError.
 
         Guarantee: forged_rosters_are_refused - a changed byte, another signer or another label fails.
-
-        Raises: VerificationError.
         """
-        verify(hub_key, self.signature, _signed_bytes(self.data), "roster")
+        identity.verify(hub_key, self.signature, _signed_bytes(self.data), "roster")
         return Roster.from_bytes(self.data)
 
 
@@ -155,35 +139,19 @@ def check_pins(roster: Roster, pins: Mapping[str, str]) -> None:
     ``pins`` maps name to Member.fingerprint; pins of hospitals that are not in the roster do not matter.
 
     Guarantee: unpinned_members_are_refused - a new member, a changed key and a swapped name are named.
-
     Raises: RefusedError naming the unpinned members; VerificationError naming the changed ones.
     """
     changed = [m.name for m in roster.members if m.name in pins and pins[m.name] != m.fingerprint]
     if changed:
-        raise VerificationError(
-            "roster.pin-changed",
-            f"the roster has other keys than were pinned for: {', '.join(changed)}",
-            remedy="Call that hospital; pin the new fingerprint only when it says that its keys changed.",
-        )
+        problem = f"the roster has other keys than were pinned for: {', '.join(changed)}"
+        remedy = "Call that hospital; pin the new fingerprint only when it says that its keys changed."
+        raise VerificationError("roster.pin-changed", problem, remedy=remedy)
     unknown = [m.name for m in roster.members if m.name not in pins]
     if unknown:
-        raise RefusedError(
-            "roster.unpinned",
-            f"no fingerprint is pinned for: {', '.join(unknown)}",
-            remedy="Compare each fingerprint with that hospital out of band, then pin it.",
-        )
+        problem = f"no fingerprint is pinned for: {', '.join(unknown)}"
+        remedy = "Compare each fingerprint with that hospital out of band, then pin it."
+        raise RefusedError("roster.unpinned", problem, remedy=remedy)
 
 
 def _signed_bytes(data: bytes) -> bytes:
     return labelled("sig/roster", data)
-
-
-def _read_member(entry: Any) -> Member:
-    if not isinstance(entry, dict) or set(entry) != _MEMBER_FIELDS:
-        raise VerificationError("roster.member", "a roster member does not have exactly its four fields")
-    number, name = entry["id"], entry["name"]
-    texts = (entry["protocol_key"], entry["ledger_key"])
-    if type(number) is not int or not all(isinstance(text, str) for text in (name, *texts)):
-        raise VerificationError("roster.member", "a field of a roster member has the wrong type")
-    protocol_key, ledger_key = (key_bytes(text, f"key of roster member {number}") for text in texts)
-    return Member(number, name, protocol_key, ledger_key)

@@ -25,8 +25,9 @@ from common.secagg.params import MAX_ATTEMPTS, MAX_MEMBERS, MAX_ROUNDS, smallest
 MAX_MANIFEST_BYTES: Final = 1 << 20
 SPARE_ROUNDS: Final = 3
 
-_MINUTE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
-_UNION_TAGS: Final = {"number", "category", "dp", "without_differential_privacy"}
+_MINUTE: Final = "%Y-%m-%dT%H:%MZ"
+# Pydantic names the branch of a union between the field that holds it and what is below.
+_BRANCH: Final = re.compile(r"(\b(?:features\.[0-9]+|privacy|model|server))\.\w+")
 
 
 def _party_name(value: str) -> str:
@@ -37,13 +38,12 @@ def _party_name(value: str) -> str:
 
 
 def _minute(value: str) -> str:
-    rule = 'must be a time in UTC to the minute, "YYYY-MM-DDTHH:MMZ"'
-    if not _MINUTE.fullmatch(value):
-        raise ValueError(rule)
     try:
-        datetime.strptime(value, "%Y-%m-%dT%H:%MZ")
-    except ValueError as error:
-        raise ValueError(rule) from error
+        time = datetime.strptime(value, _MINUTE).strftime(_MINUTE)
+    except ValueError:
+        time = ""
+    if time != value:
+        raise ValueError('must be a time in UTC to the minute, "YYYY-MM-DDTHH:MMZ"')
     return value
 
 
@@ -55,14 +55,8 @@ def _key(value: str) -> str:
     return value
 
 
-def _one(value: object) -> object:
-    # True and 1.0 equal 1 and pass a Literal; another JSON type is another document.
-    if type(value) is not int:
-        raise ValueError("must be the integer 1")
-    return value
-
-
 def _whole(value: object) -> object:
+    # True and 1.0 equal 1 and pass a Literal; another JSON type is another document.
     if type(value) is not int:
         raise ValueError("must be a whole number")
     return value
@@ -74,33 +68,84 @@ Statement: TypeAlias = Annotated[Line, Field(min_length=1)]
 Key: TypeAlias = Annotated[str, AfterValidator(_key)]
 Seconds: TypeAlias = Annotated[int, Field(ge=1, le=86_400)]
 Measure: TypeAlias = Annotated[float, Field(ge=1e-12, le=1e12)]
+Width: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
+Rate: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e6)]
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+Tau: TypeAlias = Annotated[float, Field(ge=1e-12, le=1e3)]
 
 
-class Model(BaseModel):
-    """Which model is trained; its tensors are in ``common.tasks.models.layout``."""
-
+class _Table(BaseModel):
     model_config = STRICT
+
+
+class LogisticRegression(_Table):
+    """Multinomial logistic regression."""
 
     kind: Literal["logistic_regression"]
 
 
-class Server(BaseModel):
-    """How the hub turns a round's mean into the next model."""
+class Mlp(_Table):
+    """Fully connected layers: widths ``hidden``, an ``activation`` after each, then one for the classes."""
 
-    model_config = STRICT
+    kind: Literal["mlp"]
+    hidden: Annotated[tuple[Width, ...], LISTED, Field(min_length=1, max_length=4)]
+    activation: Literal["relu", "tanh", "gelu"] = "relu"
 
-    strategy: Literal["fedavg"] = "fedavg"
+
+class FedAvg(_Table):
+    """The next model is the mean of the hospitals' models (McMahan et al., arXiv 1602.05629)."""
+
+    strategy: Literal["fedavg"]
 
 
-class Training(BaseModel):
+class FedAvgM(_Table):
+    """A step of ``learning_rate`` along the mean change with ``momentum`` (Hsu et al., arXiv 1909.06335)."""
+
+    strategy: Literal["fedavgm"]
+    learning_rate: Rate = 1.0
+    momentum: Decay = 0.0
+
+
+class _Adaptive(_Table):
+    learning_rate: Rate = 0.1
+    tau: Tau = 1e-3
+
+
+class _Moments(_Adaptive):
+    beta_1: Decay = 0.9
+    beta_2: Decay = 0.99
+
+
+class FedAdagrad(_Adaptive):
+    """An adaptive step; ``tau`` is added to the root (Reddi et al., arXiv 2003.00295, also the next two)."""
+
+    strategy: Literal["fedadagrad"]
+
+
+class FedAdam(_Moments):
+    """``beta_1`` and ``beta_2`` are the decays of the first and the second moment."""
+
+    strategy: Literal["fedadam"]
+
+
+class FedYogi(_Moments):
+    """As FedAdam, but the second moment changes by bounded steps."""
+
+    strategy: Literal["fedyogi"]
+    learning_rate: Rate = 0.01
+
+
+Model: TypeAlias = LogisticRegression | Mlp
+Server: TypeAlias = FedAvg | FedAvgM | FedAdagrad | FedAdam | FedYogi
+
+
+class Training(_Table):
     """Rounds at the hub, optimiser ``steps`` at each hospital in a round.
 
     ``sampling_rate`` is each patient's probability to take part in a step, 1 exactly for ``full``.
     ``patients_public`` (n_pub) is the public constant by which a hospital's sums are divided; it need not be
     the hospital's size, which is never used.
     """
-
-    model_config = STRICT
 
     mode: Literal["local"]
     rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
@@ -110,7 +155,7 @@ class Training(BaseModel):
     sampling_rate: Annotated[float, Field(ge=1e-9, le=1)] = 1.0
     patients_public: Annotated[int, Field(ge=1, le=1_000_000_000)]
     engine: Literal["opacus"] = "opacus"
-    server: Server = Server()
+    server: Annotated[Server, Field(discriminator="strategy")] = FedAvg(strategy="fedavg")
 
     @model_validator(mode="after")
     def _rate_fits_sampling(self) -> Self:
@@ -121,10 +166,8 @@ class Training(BaseModel):
         return self
 
 
-class DifferentialPrivacy(BaseModel):
+class DifferentialPrivacy(_Table):
     """The release gate's constants: C, grid step, noise multiplier z of one step, bound B on patients."""
-
-    model_config = STRICT
 
     kind: Literal["dp"]
     clip_norm: Annotated[float, Field(ge=1e-9, le=1e9)]
@@ -134,18 +177,14 @@ class DifferentialPrivacy(BaseModel):
     arithmetic: Literal["f64_bounded", "f32_assumed"] = "f64_bounded"
 
 
-class NoDifferentialPrivacy(BaseModel):
+class NoDifferentialPrivacy(_Table):
     """A study without differential privacy: possible only where a hospital's policy says so by name."""
-
-    model_config = STRICT
 
     kind: Literal["without_differential_privacy"]
 
 
-class Codec(BaseModel):
+class Codec(_Table):
     """Fixed point on the wire: ``bits`` a word; ``step`` and clamp ``range`` (R) in units of a parameter."""
-
-    model_config = STRICT
 
     bits: Annotated[Literal[16, 32], BeforeValidator(_whole)] = 32
     step: Measure
@@ -159,14 +198,12 @@ class Codec(BaseModel):
         return self
 
 
-class Aggregation(BaseModel):
+class Aggregation(_Table):
     """The secure sum: cohort minimum m, colluders t, rollbacks rho, attempts A, R_max, times, codec.
 
     In TOML ``minimum_hospitals``, ``colluders``, ``rollbacks`` and ``rounds_max`` may be left out: ``Study``
     fills them in from the number of members and rounds, so that a manifest always states them.
     """
-
-    model_config = STRICT
 
     minimum_hospitals: Annotated[int, Field(ge=3, le=MAX_MEMBERS)]
     colluders: Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
@@ -174,8 +211,10 @@ class Aggregation(BaseModel):
     attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] = MAX_ATTEMPTS
     rounds_max: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
     ready_s: Annotated[int, Field(ge=0, le=86_400)] = 0
+    straggler_s: Annotated[int, Field(ge=0, le=86_400)] = 10
     upload_s: Seconds
     deadline_s: Seconds
+    quorum_s: Seconds = 86_400
     state_norm_bound: Annotated[float, Field(gt=0, le=LARGEST)]
     audit: Literal["digests", "payloads"] = "digests"
     codec: Codec
@@ -198,10 +237,8 @@ def defaults(n: int) -> tuple[int, int, int]:
     return t, rho, minimum_hospitals_bound(n, t, rho)
 
 
-class Study(BaseModel):
+class Study(_Table):
     """All parameters of a study. ``members``: site names; ``data``: the source's name in their policies."""
-
-    model_config = STRICT
 
     name: Title
     purpose: Statement
@@ -212,7 +249,7 @@ class Study(BaseModel):
     members: Annotated[tuple[Name, ...], LISTED, Field(min_length=3, max_length=MAX_MEMBERS)]
     data: Title
     contract: Contract
-    model: Model
+    model: Annotated[Model, Field(discriminator="kind")]
     training: Training
     privacy: Annotated[DifferentialPrivacy | NoDifferentialPrivacy, Field(discriminator="kind")]
     aggregation: Aggregation
@@ -223,14 +260,13 @@ class Study(BaseModel):
         """Order the members, state what ``aggregation`` leaves out; wrong types are left to be refused."""
         if not isinstance(data, dict):
             return data
-        filled = dict(data)
-        members, aggregation = filled.get("members"), filled.get("aggregation")
+        members, aggregation = data.get("members"), data.get("aggregation")
         if not isinstance(members, list | tuple) or not all(isinstance(name, str) for name in members):
-            return filled
-        filled["members"] = tuple(sorted(members))
+            return data
         if isinstance(aggregation, dict):
-            filled["aggregation"] = _stated(aggregation, len(members), filled.get("training"))
-        return filled
+            aggregation = _stated(aggregation, len(members), data.get("training"))
+            data = data | {"aggregation": aggregation}
+        return data | {"members": tuple(sorted(members))}
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
@@ -287,25 +323,21 @@ def _stated(aggregation: dict[str, Any], n: int, training: object) -> dict[str, 
     return stated
 
 
-class Party(BaseModel):
+class Party(_Table):
     """A member as the roster numbers it."""
-
-    model_config = STRICT
 
     id: Annotated[int, Field(ge=1, le=MAX_ID)]
     name: Name
 
 
-class Manifest(BaseModel):
+class Manifest(_Table):
     """One study version for one roster: what is signed, digested and approved.
 
     ``run`` 32 hex digits, never used again; ``roster`` 64 hex digits; ``hub`` and ``coordinator`` key texts;
     ``members`` by ascending id, the study's members exactly.
     """
 
-    model_config = STRICT
-
-    schema_version: Annotated[Literal[1], BeforeValidator(_one), Field(alias="schema")]
+    schema_version: Annotated[Literal[1], BeforeValidator(_whole), Field(alias="schema")]
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     roster: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     hub: Key
@@ -416,16 +448,17 @@ def _flat(manifest: Manifest) -> dict[str, object]:
 def _refuse(root: str, error: ValidationError) -> NoReturn:
     """The first broken rule as a UsageError with code ``<root>.<path>``."""
     first = error.errors(include_url=False, include_input=False)[0]
-    parts: list[str] = []
-    for part in first["loc"]:
-        # Pydantic names the branch of a union between the field and what is below it.
-        if part in _UNION_TAGS and parts and (parts[-1].isdecimal() or parts[-1] == "privacy"):
-            continue
-        parts.append(str(part))
-    if first["type"] == "rule":
-        parts.append(str(first.get("ctx", {})["field"]))
-    path = ".".join(parts) or root
+    context = first.get("ctx", {})
+    path = _BRANCH.sub(r"\1", ".".join(map(str, first["loc"])))
     rule = first["msg"].removeprefix("Value error, ").removesuffix(" after validation")
+    if first["type"] == "rule":
+        path += f".{context['field']}"
+    elif first["type"].startswith("union_tag"):
+        path += f".{context['discriminator']}".replace("'", "")
+        rule = (
+            f"must be one of {context['expected_tags']}" if "expected_tags" in context else "field required"
+        )
+    path = path.strip(".") or root
     for wording in ("Input should", "Value should", "String should", "Tuple should"):
         rule = rule.replace(wording, "must")
     raise UsageError(
@@ -434,20 +467,3 @@ def _refuse(root: str, error: ValidationError) -> NoReturn:
         remedy="Correct this field; unknown keys are errors.",
         path=path,
     ) from error
-
-
-__all__ = [
-    "Aggregation",
-    "Codec",
-    "DifferentialPrivacy",
-    "Manifest",
-    "Model",
-    "NoDifferentialPrivacy",
-    "Party",
-    "Server",
-    "SignedManifest",
-    "Study",
-    "Training",
-    "defaults",
-    "minimum_hospitals_bound",
-]

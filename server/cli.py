@@ -6,6 +6,7 @@ nothing here imports torch; flwr is imported only by ``hub run``.
 
 import json
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,18 +14,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from common import link_pb2
 from common.console import JsonFlag, Outcome, command, log_to_stderr
 from common.errors import UsageError
+from server.display import event_table, study_text
 from server.home import CoordinatorHome, HubHome
 
 if TYPE_CHECKING:
     from server.desk import CoordinatorDesk
 
 hub = typer.Typer(help="Make a hub, admit hospitals, run the server.", no_args_is_help=True)
-study = typer.Typer(help="Submit, list, watch, abort and export studies.", no_args_is_help=True)
+study = typer.Typer(help="Submit, list, show, watch, abort and export studies.", no_args_is_help=True)
 
 HubFolder = Annotated[Path, typer.Option("--home", help="The hub's folder.", file_okay=False)]
 CoordinatorFolder = Annotated[
@@ -97,6 +98,27 @@ def admit(
 
 @hub.command()
 @command
+def revoke(
+    home: HubFolder,
+    name: Annotated[str, typer.Argument(help="The hospital's name, as it was admitted.")],
+    reason: Annotated[str, typer.Option(help="Why; it is kept.")],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """End a hospital's admission for good; a running hub cuts its stream within a second."""
+    from server.store import Store
+    from server.studies import minute
+
+    HubHome(home).load_settings()
+    store = Store.open(HubHome(home).database)
+    try:
+        row = store.revoke_site(name, minute(datetime.now(UTC)), reason)
+    finally:
+        store.close()
+    return Outcome(f"{row.name}: admission revoked", {"id": row.id, "name": row.name, "revoked": row.revoked})
+
+
+@hub.command()
+@command
 def run(home: HubFolder, as_json: JsonFlag = False) -> Outcome | None:
     """Run the server until it is stopped. Prints one line when it listens."""
     from server.service import Hub
@@ -143,6 +165,24 @@ def list_(as_: CoordinatorFolder, as_json: JsonFlag = False) -> Outcome:
 
 @study.command()
 @command
+def show(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -> Outcome:
+    """Show a study: what hospitals were asked to approve, who takes part, and what became of each round."""
+    with _desk(as_) as desk:
+        manifest, detail = desk.show(desk.resolve(digest))
+    rounds = [
+        {
+            "number": r.number, "step": r.step or None, "attempt": r.attempt, "cohort": list(r.cohort),
+            "seconds": round(r.seconds, 4), "lost": r.lost,
+        }
+        for r in detail.rounds
+    ]  # fmt: skip
+    text = study_text(manifest, detail)
+    data = {**_info(detail.study), "sites": _site_list(detail.sites), "history": rounds}
+    return Outcome(text, {**data, "manifest": json.loads(detail.manifest.data)})
+
+
+@study.command()
+@command
 def watch(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -> Outcome | None:
     """Follow a study until it ends; with --json one line an event. Exit 1 unless it is done."""
     with _desk(as_) as desk:
@@ -154,7 +194,7 @@ def watch(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -> 
         else:
             with Live(console=Console(file=sys.stdout), refresh_per_second=8) as live:
                 for event in events:
-                    live.update(_table(event))
+                    live.update(event_table(event))
     if event is None or event.study.status != "done":
         raise typer.Exit(1)
     return None
@@ -222,19 +262,11 @@ def _info(info: link_pb2.StudyInfo) -> dict[str, str | int]:
 def _event(event: link_pb2.StudyEvent) -> dict[str, object]:
     return {
         **_info(event.study),
-        "sites": [
-            {"id": s.id, "name": s.name, "decision": s.decision, "online": s.online} for s in event.sites
-        ],
+        "sites": _site_list(event.sites),
         "cohort": list(event.cohort),
         "seconds": round(event.seconds, 4),
     }
 
 
-def _table(event: link_pb2.StudyEvent) -> Table:
-    info = event.study
-    title = f"{info.name}: {info.status}, round {info.round} of {info.rounds}"
-    table = Table("site", "decision", "online", "in the last round", title=title, caption=info.detail or None)
-    for site in event.sites:
-        taking_part = "yes" if site.id in event.cohort else "-"
-        table.add_row(site.name, site.decision or "-", "yes" if site.online else "no", taking_part)
-    return table
+def _site_list(sites: Iterable[link_pb2.SiteStatus]) -> list[dict[str, object]]:
+    return [{"id": s.id, "name": s.name, "decision": s.decision, "online": s.online} for s in sites]

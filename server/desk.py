@@ -5,6 +5,7 @@ the same error types with the same exit codes.
 """
 
 import json
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Final, Self
@@ -24,9 +25,11 @@ from common.errors import (
 )
 from common.identity import key_bytes
 from common.roster import Roster, SignedRoster
+from common.study import Manifest, SignedManifest
 from server.home import CoordinatorHome
 
 TIMEOUT_S: Final = 30.0
+SILENCE_S: Final = 12.0
 BY_EXIT_CODE: Final[dict[int, type[WardroundError]]] = {
     error.exit_code: error
     for error in (
@@ -97,8 +100,19 @@ class CoordinatorDesk:
             raise _raised(error, self._settings.hub) from error
 
     def _stream(self, method: str, request: Any) -> Iterator[Any]:
+        """The messages of a stream. A hub that is stopped but not gone says nothing: that ends it too."""
+        call = getattr(self._stub, method)(request)
         try:
-            yield from getattr(self._stub, method)(request)
+            while True:
+                silence = threading.Timer(SILENCE_S, call.cancel)
+                silence.start()
+                try:
+                    message = next(call, None)
+                finally:
+                    silence.cancel()
+                if message is None:
+                    return
+                yield message
         except grpc.RpcError as error:
             raise _raised(error, self._settings.hub) from error
 
@@ -130,14 +144,26 @@ class CoordinatorDesk:
             )
         return found[0]
 
+    def show(self, digest: str) -> tuple[Manifest, link_pb2.StudyDetail]:
+        """A study's manifest, verified, and what the hub says of it. Raises VerificationError."""
+        detail: link_pb2.StudyDetail = self._call("Show", link_pb2.StudyReference(digest=digest))
+        manifest = SignedManifest(detail.manifest.data, detail.manifest.signature).verify()
+        if manifest.digest.hex() != digest:
+            raise VerificationError("studies.digest", "the hub showed another study than was asked for")
+        return manifest, detail
+
     def abort(self, digest: str, reason: str) -> link_pb2.StudyInfo:
         """End a study for good."""
         info: link_pb2.StudyInfo = self._call("Abort", link_pb2.AbortRequest(digest=digest, reason=reason))
         return info
 
     def watch(self, digest: str) -> Iterator[link_pb2.StudyEvent]:
-        """Events until the study has ended."""
-        yield from self._stream("Watch", link_pb2.StudyReference(digest=digest))
+        """Each change until the study has ended."""
+        last = None
+        for event in self._stream("Watch", link_pb2.StudyReference(digest=digest)):
+            if event != last:
+                yield event
+            last = event
 
     def export(self, digest: str, round_number: int = 0) -> bytes:
         """The safetensors file after a completed round, 0 for the last."""

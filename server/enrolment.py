@@ -6,8 +6,10 @@ here and stay in its folder; hospitals' private keys are never seen.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from common import identity
 from common.certificates import Authority, Peer, new_tls_key_and_csr
@@ -33,8 +35,9 @@ def _hosts(address: str) -> tuple[str, ...]:
 
 
 def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> NewHub:
-    """Make the folder of a hub and of its first coordinator. Raises UsageError when it exists already or an
-    address is malformed; nothing is made then.
+    """Make the folder of a hub and of its first coordinator.
+
+    Raises: UsageError when it exists already or an address is malformed; nothing is made then.
     """
     if home.settings.exists():
         raise UsageError("hub.exists", f"{home.folder} holds a hub already", remedy="Choose a new folder.")
@@ -47,9 +50,7 @@ def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> Ne
     authority.save(home.authority)
     identity.write_secret(home.server_key, key_pem)
     home.server_certificate.write_bytes(certificate)
-    hub_key = identity.new_signing_key()
-    identity.save_signing_key(home.hub_key, hub_key)
-    hub_public = identity.public_key(hub_key)
+    hub_public = _new_key(home.hub_key)
     coordinator_key = _create_coordinator(home, authority, address, hub_public, now)
     Store.open(home.database).close()
     # The settings come last: a folder without them is not a hub, so a crash before this line loses nothing.
@@ -66,12 +67,16 @@ def _create_coordinator(
     identity.write_secret(coordinator.tls_key, key_pem)
     coordinator.certificate.write_bytes(authority.issue_client(csr_pem, "coordinator", 1, "coordinator", now))
     coordinator.authority.write_bytes(authority.certificate_pem)
-    signing = identity.new_signing_key()
-    identity.save_signing_key(coordinator.signing_key, signing)
-    coordinator.settings.write_text(
-        f'hub = "{address}"\nhub_key = "{identity.key_text(hub_public)}"\n', encoding="utf-8"
-    )
-    return identity.key_text(identity.public_key(signing))
+    signing_key = _new_key(coordinator.signing_key)
+    text = f'hub = "{address}"\nhub_key = "{identity.key_text(hub_public)}"\n'
+    coordinator.settings.write_text(text, encoding="utf-8")
+    return identity.key_text(signing_key)
+
+
+def _new_key(path: Path) -> bytes:
+    key = identity.new_signing_key()
+    identity.save_signing_key(path, key)
+    return identity.public_key(key)
 
 
 def roster_of(sites: Sequence[SiteRow]) -> Roster:
@@ -82,11 +87,8 @@ def roster_of(sites: Sequence[SiteRow]) -> Roster:
 def sign_roster(home: HubHome, sites: Sequence[SiteRow]) -> SignedRoster:
     """The current roster under the hub's signature. Raises RefusedError before the first admission."""
     if not sites:
-        raise RefusedError(
-            "hub.no-sites",
-            "no hospital is admitted at this hub yet",
-            remedy="Admit one with 'wardround hub admit'.",
-        )
+        remedy = "Admit one with 'wardround hub admit'."
+        raise RefusedError("hub.no-sites", "no hospital is admitted at this hub yet", remedy=remedy)
     return SignedRoster.create(roster_of(sites), identity.load_signing_key(home.hub_key))
 
 
@@ -102,26 +104,26 @@ def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admissi
     settings = home.load_settings()
     request = AdmissionRequest.from_bytes(request_bytes)
     authority = Authority.load(home.authority)
-    store = Store.open(home.database)
-    try:
+    named = {
+        "name": request.name,
+        "protocol_key": request.protocol_key,
+        "ledger_key": request.ledger_key,
+        "tls_fingerprint": request.tls_fingerprint,
+    }
+    with closing(Store.open(home.database)) as store:
         sites = store.sites()
-        known = next((row.id for row in sites if _is_of(row, request)), 0)
-        site_id = known or store.next_site_id()
+        same = [row for row in sites if all(getattr(row, key) == value for key, value in named.items())]
+        site_id = same[0].id if same else store.next_site_id()
         certificate = authority.issue_client(request.csr_pem, "site", site_id, request.name, now)
-        if not known:
-            row = SiteRow(
-                id=site_id,
-                name=request.name,
-                protocol_key=request.protocol_key,
-                ledger_key=request.ledger_key,
-                tls_fingerprint=request.tls_fingerprint,
-                admitted=now.strftime("%Y-%m-%dT%H:%MZ"),
-            )
-            _check_roster([*sites, row])
+        if not same:
+            row = SiteRow(id=site_id, admitted=now.strftime("%Y-%m-%dT%H:%MZ"), **named)
+            # The roster's rules are stricter than the table's: names in any case, a key in either role.
+            try:
+                roster_of([*sites, row])
+            except VerificationError as error:
+                raise duplicate(row.name) from error
             store.add_site(row)
         signed = sign_roster(home, store.sites())
-    finally:
-        store.close()
     return Admission(
         id=site_id,
         name=request.name,
@@ -132,19 +134,6 @@ def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admissi
         roster=signed.data,
         roster_signature=signed.signature,
     )
-
-
-def _is_of(row: SiteRow, request: AdmissionRequest) -> bool:
-    stored = (row.name, row.protocol_key, row.ledger_key, row.tls_fingerprint)
-    return stored == (request.name, request.protocol_key, request.ledger_key, request.tls_fingerprint)
-
-
-def _check_roster(sites: Sequence[SiteRow]) -> None:
-    # The roster's rules are stricter than the table's: names in any case, a key in either role.
-    try:
-        roster_of(sites)
-    except VerificationError as error:
-        raise duplicate(sites[-1].name) from error
 
 
 def admitted(store: Store, peer: Peer) -> None:
@@ -160,6 +149,5 @@ def admitted(store: Store, peer: Peer) -> None:
     if row.name != peer.name:
         raise RefusedError("link.name", f"the certificate of site {peer.number} carries another name")
     if row.tls_fingerprint != peer.tls_fingerprint:
-        raise RefusedError(
-            "link.wrong-key", f"the certificate of site {peer.number} holds another key than admitted"
-        )
+        problem = f"the certificate of site {peer.number} holds another key than admitted"
+        raise RefusedError("link.wrong-key", problem)

@@ -5,12 +5,12 @@ the folder; the coordinator's folder is made beside them to be handed over, and 
 """
 
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from common.contract import Strict
 from common.errors import UsageError
 from common.identity import read_secret
 
@@ -31,10 +31,9 @@ Listen = Annotated[str, Field(pattern=_HOST + ":[0-9]{1,5}$"), AfterValidator(_p
 """host:port to listen on; port 0 takes any that is free."""
 
 
-class HubSettings(BaseModel):
+class HubSettings(Strict):
     """``hub.toml``: where the hub listens and under which address sites and coordinators dial it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     address: Address
     listen: Listen
 
@@ -46,97 +45,44 @@ class HubSettings(BaseModel):
         except ValidationError as error:
             name = str(error.errors()[0]["loc"][0])
             value = listen if name == "listen" else address
-            raise UsageError(
-                f"hub.{name}",
-                f"--{name} {value!r} is not host:port",
-                remedy="Give a host name or an address (IPv6 in brackets), a colon and a port up to 65535.",
-            ) from error
+            remedy = "Give a host name or an address (IPv6 in brackets), a colon and a port up to 65535."
+            raise UsageError(f"hub.{name}", f"--{name} {value!r} is not host:port", remedy=remedy) from error
 
 
-@dataclass(frozen=True, slots=True)
 class HubHome:
-    """Paths inside the hub's folder."""
+    """Paths inside the hub's folder; ``coordinator`` is the folder to hand to the first coordinator."""
 
-    folder: Path
-
-    @property
-    def settings(self) -> Path:
-        """``hub.toml``."""
-        return self.folder / "hub.toml"
-
-    @property
-    def authority(self) -> Path:
-        """Folder of the certificate authority."""
-        return self.folder / "authority"
-
-    @property
-    def server_key(self) -> Path:
-        """The link's private key."""
-        return self.folder / "keys" / "server.pem"
-
-    @property
-    def server_certificate(self) -> Path:
-        """The link's certificate."""
-        return self.folder / "server-certificate.pem"
-
-    @property
-    def hub_key(self) -> Path:
-        """The Ed25519 key that signs rosters, round starts and results."""
-        return self.folder / "keys" / "hub.pem"
-
-    @property
-    def database(self) -> Path:
-        """Sites, studies, rounds."""
-        return self.folder / "hub.db"
-
-    @property
-    def coordinator(self) -> Path:
-        """Credentials to hand to the first coordinator."""
-        return self.folder / "coordinator"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings = folder / "hub.toml"
+        self.authority = folder / "authority"
+        self.server_key = folder / "keys" / "server.pem"
+        self.server_certificate = folder / "server-certificate.pem"
+        self.hub_key = folder / "keys" / "hub.pem"  # signs rosters, round starts and results
+        self.database = folder / "hub.db"
+        self.coordinator = folder / "coordinator"
 
     def load_settings(self) -> HubSettings:
         """Read ``hub.toml``. Raises UsageError."""
         return _load(self.settings, HubSettings, "Run 'wardround hub init' in a new folder.")
 
 
-class CoordinatorSettings(BaseModel):
+class CoordinatorSettings(Strict):
     """``coordinator.toml``: the hub to talk to and the key it signs with."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     hub: Address
     hub_key: str
 
 
-@dataclass(frozen=True, slots=True)
 class CoordinatorHome:
-    """Paths inside a coordinator's folder."""
+    """Paths inside a coordinator's folder: a TLS client's files, and the key that signs manifests."""
 
-    folder: Path
-
-    @property
-    def settings(self) -> Path:
-        """``coordinator.toml``."""
-        return self.folder / "coordinator.toml"
-
-    @property
-    def tls_key(self) -> Path:
-        """The private key of the connection."""
-        return self.folder / "tls.pem"
-
-    @property
-    def certificate(self) -> Path:
-        """The certificate of the connection."""
-        return self.folder / "certificate.pem"
-
-    @property
-    def authority(self) -> Path:
-        """The hub's authority certificate."""
-        return self.folder / "authority.pem"
-
-    @property
-    def signing_key(self) -> Path:
-        """The Ed25519 key that signs manifests."""
-        return self.folder / "coordinator.pem"
+    def __init__(self, folder: Path) -> None:
+        self.settings = folder / "coordinator.toml"
+        self.tls_key = folder / "tls.pem"
+        self.certificate = folder / "certificate.pem"
+        self.authority = folder / "authority.pem"
+        self.signing_key = folder / "coordinator.pem"
 
     def load_settings(self) -> CoordinatorSettings:
         """Read ``coordinator.toml``. Raises UsageError."""
@@ -150,9 +96,8 @@ class CoordinatorHome:
         try:
             authority, certificate = self.authority.read_bytes(), self.certificate.read_bytes()
         except OSError as error:
-            raise UsageError(
-                "coordinator.files", f"{error.filename} is missing or unreadable", remedy=COORDINATOR_REMEDY
-            ) from error
+            problem = f"{error.filename} is missing or unreadable"
+            raise UsageError("coordinator.files", problem, remedy=COORDINATOR_REMEDY) from error
         return authority, read_secret(self.tls_key), certificate
 
 

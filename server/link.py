@@ -1,9 +1,10 @@
-"""The hub's side of the link: one grpc.aio server in a thread, one stream a site, one Flower Grid on top.
+"""The hub's side of the link: one grpc.aio server in a thread, one stream a site.
 
 Source: DESIGN "Built on Flower, carried by gRPC". Rules: a peer is admitted by its certificate and the
-hub's own table, before its first frame is read; a second stream of one identity is refused; replies are
-matched by message id, once; an attachment goes chunk by chunk into the sink and is never held whole;
-requests without an answer are sent again when the site comes back, under the same id.
+hub's own table, before its first frame is read; a second stream of one identity is refused, unless the first
+has fallen silent; replies are matched by message id, once; a payload is fetched chunk by chunk, one ahead of
+the one that is being added, and is never held whole; requests without an answer are sent again when the site
+comes back, under the same id, and of a payload only what is missing; who is silent is offline.
 """
 
 import asyncio
@@ -11,15 +12,16 @@ import hashlib
 import logging
 import threading
 import time
-import uuid
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import grpc
 import grpc.aio
-from flwr.serverapp import Grid
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingImports] - no stubs
 
@@ -31,7 +33,13 @@ from common.version import SOFTWARE_VERSION
 
 log = logging.getLogger("wardround.hub.link")
 
+R = TypeVar("R")
+
 MAX_FRAME_BYTES = 8 << 20
+HEARTBEAT_S = 2.0
+OFFLINE_S = 8.0
+REPLACED_S = 4.0
+LOOK_PERIOD_S = 1.0
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
@@ -46,8 +54,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 class Sink(Protocol):
     """Where the payloads of uploads go while they arrive."""
 
-    def header(self, node_id: int, body: bytes) -> None:
-        """Check the reply that announces an attachment. Raises WardroundError to refuse it."""
+    def header(self, node_id: int, body: bytes) -> Sequence[int]:
+        """Check the reply that announces a payload; the chunks still missing. Raises WardroundError."""
+        ...
 
     def chunk(self, node_id: int, index: int, data: bytes) -> None:
         """Take one chunk. Raises WardroundError to refuse it."""
@@ -76,14 +85,46 @@ class _Pending:
     attachment: Attachment | None
     sink: Sink | None
     deliver: Callable[[link_pb2.Envelope], None]
+    expires: float
+
+
+@dataclass
+class _Upload:
+    """A payload on its way: chunks still to be asked for, and the one that was asked for."""
+
+    sink: Sink
+    reply: link_pb2.Envelope
+    missing: deque[int]
+    asked: int | None = None
 
 
 @dataclass
 class _Connection:
     peer: Peer
-    outbound: "asyncio.Queue[_Pending | None]"
+    context: Any
+    task: "asyncio.Task[Any] | None"
+    outbound: "asyncio.Queue[_Pending | link_pb2.HubFrame | None]"
     last_seen: float
-    uploads: dict[str, tuple[_Pending, link_pb2.Envelope, int]] = field(default_factory=dict)
+    uploads: dict[str, _Upload] = field(default_factory=dict)
+    ending: "asyncio.Task[None] | None" = None
+
+    @property
+    def silence_s(self) -> float:
+        return time.monotonic() - self.last_seen
+
+    def cut(self) -> None:
+        """End the stream at once, also one that is blocked in the middle of sending."""
+        self.ending = asyncio.create_task(self._abort())
+
+    async def _abort(self) -> None:
+        # The status first: to cancel the sender alone would leave the other end waiting.
+        try:
+            await self.context.abort(grpc.StatusCode.UNAVAILABLE, "the hub cut this stream")
+        except (grpc.aio.AbortError, grpc.aio.UsageError):
+            pass
+        finally:
+            if self.task is not None:
+                self.task.cancel()
 
 
 class Link(link_pb2_grpc.LinkServicer):
@@ -115,7 +156,7 @@ class Link(link_pb2_grpc.LinkServicer):
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="accumulate")
         self._started = threading.Event()
         self._stopped = threading.Event()
-        self._waiters: list[threading.Condition] = []
+        self._waiters: weakref.WeakSet[threading.Condition] = weakref.WeakSet()
         self._stop: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: Exception | None = None
@@ -136,7 +177,7 @@ class Link(link_pb2_grpc.LinkServicer):
     def stop(self) -> None:
         """End all streams and the thread. Calling it twice does nothing more."""
         self._stopped.set()
-        for waiting in self._waiters:
+        for waiting in list(self._waiters):
             with waiting:
                 waiting.notify_all()
         if self._loop is not None and self._stop is not None and not self._loop.is_closed():
@@ -152,14 +193,17 @@ class Link(link_pb2_grpc.LinkServicer):
 
     def wake_on_stop(self, waiting: threading.Condition) -> None:
         """Notify a condition when the link stops, so that nobody waits for replies that cannot come."""
-        self._waiters.append(waiting)
+        self._waiters.add(waiting)
 
     def online(self) -> dict[int, float]:
-        """Seconds since each attached site was last heard of. Raises UnreachableError after stop()."""
+        """Seconds since each attached site was last heard of. Raises UnreachableError after stop().
+
+        Guarantee: silent_sites_are_offline - after OFFLINE_S, though their stream may still be open.
+        """
         if self._stopped.is_set():
             raise UnreachableError("link.stopped", "the hub's link has been stopped")
-        now = time.monotonic()
-        return {node_id: now - c.last_seen for node_id, c in list(self._connections.items())}
+        seconds = {node_id: c.silence_s for node_id, c in list(self._connections.items())}
+        return {node_id: silence_s for node_id, silence_s in seconds.items() if silence_s < OFFLINE_S}
 
     def request(
         self,
@@ -169,11 +213,12 @@ class Link(link_pb2_grpc.LinkServicer):
         sink: Sink | None,
         deliver: Callable[[link_pb2.Envelope], None],
     ) -> None:
-        """Send a request now or when the site attaches.
+        """Send a request now or when the site attaches, within ``envelope.ttl_s``.
 
         ``deliver`` is called once, from the link's thread.
         """
-        pending = _Pending(node_id, envelope, attachment, sink, deliver)
+        expires = time.monotonic() + envelope.ttl_s
+        pending = _Pending(node_id, envelope, attachment, sink, deliver, expires)
         self._call(lambda: self._enqueue(pending))
 
     def withdraw(self, message_ids: Sequence[str]) -> None:
@@ -181,12 +226,14 @@ class Link(link_pb2_grpc.LinkServicer):
         self._call(lambda: [self._pending.pop(message_id, None) for message_id in message_ids])
 
     def disconnect(self, node_id: int) -> None:
-        """Cut the live stream of a site."""
+        """Cut the live stream of a site at once; whether it may come back is for ``admit`` to say.
+
+        Guarantee: a_revoked_stream_is_cut_at_once - also in the middle of a transfer.
+        """
 
         def cut() -> None:
-            connection = self._connections.get(node_id)
-            if connection is not None:
-                connection.outbound.put_nowait(None)
+            if node_id in self._connections:
+                self._connections[node_id].cut()
 
         self._call(cut)
 
@@ -225,10 +272,23 @@ class Link(link_pb2_grpc.LinkServicer):
         await server.start()
         await health_servicer.set("", health_pb2.HealthCheckResponse.SERVING)
         self._started.set()
-        await self._stop.wait()
+        while not self._stop.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), LOOK_PERIOD_S)
+            self._drop_the_dead()
         for connection in self._connections.values():
             connection.outbound.put_nowait(None)
         await server.stop(grace=1.0)
+
+    def _drop_the_dead(self) -> None:
+        """Cut streams that have fallen silent, forget requests that nobody waits for any more."""
+        for node_id, connection in self._connections.items():
+            if connection.silence_s > OFFLINE_S:
+                log.info("site %d %r: silent for %.0f s", node_id, connection.peer.name, OFFLINE_S)
+                connection.cut()
+        now = time.monotonic()
+        for message_id in [m for m, pending in self._pending.items() if pending.expires < now]:
+            del self._pending[message_id]
 
     async def Attach(  # noqa: N802 - the name is the service's
         self, request_iterator: AsyncIterator[link_pb2.SiteFrame], context: Any
@@ -236,14 +296,19 @@ class Link(link_pb2_grpc.LinkServicer):
         """Serve one site's stream until either side ends it."""
         peer = await self._admitted(context)
         node_id = peer.number
-        if node_id in self._connections:
+        known = self._connections.get(node_id)
+        if known is not None and known.silence_s < REPLACED_S:
             log.warning("refused: a second agent attached as site %d %r", node_id, peer.name)
             await context.abort(
                 grpc.StatusCode.ALREADY_EXISTS, "another agent is attached with this identity"
             )
-        connection = _Connection(peer, asyncio.Queue(), time.monotonic())
+        if known is not None:
+            known.cut()
+        connection = _Connection(peer, context, asyncio.current_task(), asyncio.Queue(), time.monotonic())
         self._connections[node_id] = connection
         reader = asyncio.create_task(self._read(connection, request_iterator))
+        # The reader knows first that the other end is gone.
+        reader.add_done_callback(lambda _: connection.outbound.put_nowait(None))
         try:
             log.info("site %d %r attached", node_id, peer.name)
             yield link_pb2.HubFrame(
@@ -254,31 +319,25 @@ class Link(link_pb2_grpc.LinkServicer):
             for pending in list(self._pending.values()):
                 if pending.node_id == node_id:
                     connection.outbound.put_nowait(pending)
-            while True:
-                pending_or_end = await self._next(connection, reader)
-                if pending_or_end is None:
-                    return
-                yield link_pb2.HubFrame(request=pending_or_end.envelope)
-                if pending_or_end.attachment is not None:
-                    for frame in pending_or_end.attachment.frames(pending_or_end.envelope.message_id):
+            while (item := await self._next(connection)) is not None:
+                if isinstance(item, link_pb2.HubFrame):
+                    yield item
+                elif item.envelope.message_id in self._pending:
+                    yield link_pb2.HubFrame(request=item.envelope)
+                    for frame in item.attachment.frames(item.envelope.message_id) if item.attachment else ():
                         yield frame
         finally:
             reader.cancel()
-            self._connections.pop(node_id, None)
-            log.info("site %d %r detached", node_id, peer.name)
+            if self._connections.get(node_id) is connection:
+                del self._connections[node_id]
+            log.info("site %d %r detached%s", node_id, peer.name, _reason(reader))
 
-    async def _next(self, connection: _Connection, reader: "asyncio.Task[None]") -> _Pending | None:
-        """The next request to send, or None when the stream is to end."""
-        getter = asyncio.create_task(connection.outbound.get())
+    async def _next(self, connection: _Connection) -> "_Pending | link_pb2.HubFrame | None":
+        """What to send next, a heartbeat at the least; None when the stream is to end."""
         try:
-            await asyncio.wait({getter, reader}, return_when=asyncio.FIRST_COMPLETED)
-            if reader.done():
-                if (error := reader.exception()) is not None:
-                    log.warning("site %d: stream ended: %s", connection.peer.number, error)
-                return None
-            return getter.result()
-        finally:
-            getter.cancel()
+            return await asyncio.wait_for(connection.outbound.get(), HEARTBEAT_S)
+        except TimeoutError:
+            return link_pb2.HubFrame(heartbeat=link_pb2.Heartbeat())
 
     async def _admitted(self, context: Any) -> Peer:
         try:
@@ -318,132 +377,68 @@ class Link(link_pb2_grpc.LinkServicer):
     async def _on_reply(self, connection: _Connection, reply: link_pb2.Envelope) -> None:
         pending = self._pending.get(reply.message_id)
         if pending is None or pending.node_id != connection.peer.number:
-            log.info("site %d: dropped a reply that nobody waits for", connection.peer.number)
+            log.debug("site %d: dropped a reply that nobody waits for", connection.peer.number)
             return
-        if reply.attachment_bytes:
-            if pending.sink is None:
-                raise VerificationError(
-                    "link.attachment", "an attachment came with a reply that may have none"
-                )
-            await self._work(pending.sink.header, connection.peer.number, reply.body)
-            connection.uploads[reply.message_id] = (pending, reply, reply.attachment_bytes)
+        if not reply.attachment_bytes:
+            self._deliver(pending, reply)
+            return
+        if pending.sink is None:
+            raise VerificationError("link.attachment", "an attachment came with a reply that may have none")
+        if reply.message_id in connection.uploads:
+            return  # said twice on this stream: it is being fetched
+        try:
+            missing = await self._work(pending.sink.header, connection.peer.number, reply.body)
+        except WardroundError as error:
+            log.warning("site %d: refused: %s", connection.peer.number, error)
+            return
+        upload = _Upload(pending.sink, reply, deque(missing))
+        if upload.missing:
+            connection.uploads[reply.message_id] = upload
+            self._fetch(connection, upload)
         else:
             self._deliver(pending, reply)
+
+    def _fetch(self, connection: _Connection, upload: _Upload) -> None:
+        """Ask for the next chunk that is missing.
+
+        Guarantee: a_half_sent_upload_resumes - no chunk that was added is asked for again.
+        """
+        if upload.missing:
+            upload.asked = upload.missing.popleft()
+            want = link_pb2.Want(message_id=upload.reply.message_id, indices=[upload.asked])
+            connection.outbound.put_nowait(link_pb2.HubFrame(want=want))
 
     async def _on_chunk(self, connection: _Connection, chunk: link_pb2.Chunk) -> None:
         upload = connection.uploads.get(chunk.message_id)
-        if upload is None or chunk.message_id not in self._pending:
+        pending = self._pending.get(chunk.message_id)
+        if upload is None or pending is None or chunk.index != upload.asked:
+            if pending is None:
+                connection.uploads.pop(chunk.message_id, None)
+            return
+        if not 0 < len(chunk.data) <= flower.CHUNK_SIZE_BYTES:
+            raise VerificationError("link.chunk", "a chunk is empty or longer than 1 MiB")
+        # The next one travels while this one is added; awaiting here is the back-pressure on the site.
+        upload.asked = None
+        self._fetch(connection, upload)
+        try:
+            await self._work(upload.sink.chunk, connection.peer.number, chunk.index, chunk.data)
+        except WardroundError as error:
+            log.warning("site %d: refused: %s", connection.peer.number, error)
             connection.uploads.pop(chunk.message_id, None)
             return
-        pending, reply, left = upload
-        if not chunk.data or len(chunk.data) > min(left, flower.CHUNK_SIZE_BYTES) or pending.sink is None:
-            raise VerificationError("link.chunk", "a chunk is empty or longer than what was announced")
-        # Awaiting here is the back-pressure: the next frame is read only when this one has been added.
-        await self._work(pending.sink.chunk, connection.peer.number, chunk.index, chunk.data)
-        left -= len(chunk.data)
-        if left:
-            connection.uploads[chunk.message_id] = (pending, reply, left)
-        else:
-            del connection.uploads[chunk.message_id]
-            self._deliver(pending, reply)
+        if upload.asked is None and not upload.missing:
+            connection.uploads.pop(chunk.message_id, None)
+            self._deliver(pending, upload.reply)
 
-    async def _work(self, function: Callable[..., None], *arguments: object) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+    async def _work(self, function: Callable[..., R], *arguments: object) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
     def _deliver(self, pending: _Pending, reply: link_pb2.Envelope) -> None:
         if self._pending.pop(reply.message_id, None) is not None:
             pending.deliver(reply)
 
 
-class GrpcGrid(Grid):
-    """Flower's Grid over the link: what a ServerApp and a Strategy talk to.
-
-    Messages that carry an attachment in their record are sent with it in chunks; the attachments of
-    replies go to ``sink`` and do not appear in the reply.
-    """
-
-    def __init__(self, link: Link) -> None:
-        self._link = link
-        self._run = flower.empty_run()
-        self._condition = threading.Condition()
-        self._waiting: dict[str, flower.Message] = {}
-        self._replies: dict[str, flower.Message] = {}
-        self.sink: Sink | None = None
-        link.wake_on_stop(self._condition)
-        flower.assume_identity(flower.HUB_NODE_ID)
-
-    def set_run(self, run: flower.Run) -> None:
-        """Remember the run. One Grid serves one run."""
-        self._run = run
-
-    @property
-    def run(self) -> flower.Run:
-        """The run that set_run gave."""
-        return self._run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> flower.Message:
-        """Not offered: Flower deprecates it in favour of ``Message(...)``. Raises FailureError."""
-        raise FailureError(
-            "link.create-message", "Grid.create_message is deprecated; construct a Message instead"
-        )
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Ids of the sites whose stream is open, ascending."""
-        return sorted(self._link.online())
-
-    def push_messages(self, messages: Iterable[flower.Message]) -> Iterable[str]:
-        """Send messages; equal attachments are cut and hashed once."""
-        attachments: dict[tuple[int, ...], Attachment] = {}
-        message_ids = []
-        for message in messages:
-            message_id = uuid.uuid4().hex
-            attachment = None
-            if chunks := flower.attachment_of(message):
-                key = tuple(map(id, chunks))
-                attachment = attachments.get(key) or attachments.setdefault(key, Attachment(chunks))
-            envelope = link_pb2.Envelope(
-                message_id=message_id,
-                message_type=message.metadata.message_type,
-                group=message.metadata.group_id,
-                body=flower.body_of(message),
-                attachment_bytes=attachment.size_bytes if attachment else 0,
-                ttl_s=message.metadata.ttl,
-            )
-            flower.with_id(message, message_id)
-            with self._condition:
-                self._waiting[message_id] = message
-            self._link.request(message.metadata.dst_node_id, envelope, attachment, self.sink, self._deliver)
-            message_ids.append(message_id)
-        return message_ids
-
-    def _deliver(self, envelope: link_pb2.Envelope) -> None:
-        with self._condition:
-            request = self._waiting.pop(envelope.message_id, None)
-            if request is not None:
-                self._replies[envelope.message_id] = flower.reply(request, envelope.body)
-                self._condition.notify_all()
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[flower.Message]:
-        """The replies that have come, each given out once."""
-        with self._condition:
-            found = [self._replies.pop(m, None) for m in message_ids]
-        return [reply for reply in found if reply is not None]
-
-    def send_and_receive(
-        self, messages: Iterable[flower.Message], *, timeout: float | None = None
-    ) -> Iterable[flower.Message]:
-        """Send and wait for all replies or for ``timeout`` seconds; what is still open is then withdrawn.
-
-        Raises: UnreachableError when the link stops meanwhile.
-        """
-        message_ids = list(self.push_messages(messages))
-        with self._condition:
-            self._condition.wait_for(
-                lambda: self._link.stopped or all(m in self._replies for m in message_ids), timeout
-            )
-            late = [m for m in message_ids if m not in self._replies]
-            for message_id in late:
-                self._waiting.pop(message_id, None)
-        if late:
-            self._link.withdraw(late)
-        return self.pull_messages(message_ids)
+def _reason(reader: "asyncio.Task[None]") -> str:
+    """Why a stream ended, when its reader knows."""
+    error = reader.exception() if reader.done() and not reader.cancelled() else None
+    return f": {error}" if error is not None else ""

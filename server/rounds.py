@@ -1,71 +1,54 @@
 """One study from submission to its last round: consent, setup, rounds, one checkpoint a round.
 
-Source: DESIGN "A round, end to end"; PROTOCOL S1-S4, R0-R6, C1-C7. Rules: the protocol machines decide
-(common/secagg/hub.py), this module carries their messages through a Grid and stores what they gave; a
-reply that does not verify counts as missing and is logged with the reason; status is written before and
-after each phase.
+Source: DESIGN "A round, end to end"; PROTOCOL S1-S4, C4, C5. Rules: the protocol machines decide
+(common/secagg/hub.py), this module stores what they gave before and after each phase, so that a hub killed at
+any point goes on from the last checkpoint; a lost round is computed again under a new number; what a study
+waits for is in its status.
 """
 
+import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final
 
 from flwr.serverapp import Grid
 
-from common import flower, identity, messages
+from common import identity, messages
 from common.admissible import check
-from common.errors import FailureError, RefusedError, WardroundError
-from common.messages import Kind, Reply, Request
+from common.errors import FailureError, RefusedError, UnreachableError, WardroundError
 from common.roster import SignedRoster
 from common.run import run_params, study_document
 from common.secagg import records
-from common.secagg.codec import dequantise
 from common.secagg.hub import HubRound, HubSetup, Setup
-from common.secagg.records import Record
 from common.study import SignedManifest
 from common.tasks.models import initial_state
-from common.tasks.models.layout import unflatten
-from common.tasks.state import model_digest, state_bytes
+from common.tasks.state import check_state, load_state, model_digest, state_bytes
+from server.exchange import Exchange, every, only
 from server.home import HubHome
-from server.link import GrpcGrid
-from server.store import ENDED, Checkpoint, Store
+from server.round import Round, RoundLost
+from server.store import ENDED, Checkpoint, Store, StudyRow
 from server.strategy import ServerStep
 
 log = logging.getLogger("wardround.hub.rounds")
 
-R = TypeVar("R", bound=Record)
-
 CONSENT_PERIOD_S: Final = 0.3
+CONSENT_TIMEOUT_S: Final = 10.0
 SETUP_TIMEOUT_S: Final = 60.0
-REPLY_MARGIN_S: Final = 5.0
+CLOSE_TIMEOUT_S: Final = 5.0
+LOST_IN_A_ROW: Final = 3
 
 
 class Ended(RefusedError):  # noqa: N818 - it ends a loop, it is not a fault
     """The study was aborted or denied while it ran; its status says so already."""
 
 
-class _Uploads:
-    """The sink of a round: checks headers and adds chunks as they arrive."""
-
-    def __init__(self, round_: HubRound) -> None:
-        self._round = round_
-
-    def header(self, node_id: int, body: bytes) -> None:
-        """Take the header in front of a payload."""
-        reply = messages.decode_reply(messages.UPLOAD.message_type, body)
-        if not reply.available or not isinstance(reply.records[0], records.Upload):
-            raise FailureError("rounds.upload", "a payload came without an upload header")
-        self._round.on_upload(node_id, reply.records[0])
-
-    def chunk(self, node_id: int, index: int, data: bytes) -> None:
-        """Add one chunk."""
-        self._round.on_chunk(node_id, index, data)
-
-
 class StudyRun:
-    """Runs one stored study over a Grid. ``clock`` gives seconds since 1970 UTC."""
+    """Runs one stored study over a Grid. ``clock`` gives seconds since 1970 UTC.
+
+    Guarantee: killed_and_resumed_equals_uninterrupted - without DP, to the last bit, for each strategy.
+    """
 
     def __init__(
         self, home: HubHome, store: Store, grid: Grid, digest: str, clock: Callable[[], float] = time.time
@@ -73,7 +56,6 @@ class StudyRun:
         row = store.study(digest)
         self._digest = digest
         self._store = store
-        self._grid = grid
         self._clock = clock
         self._signed = SignedManifest(row.manifest, row.signature)
         self._manifest = self._signed.verify()
@@ -81,261 +63,284 @@ class StudyRun:
         hub_key = identity.load_signing_key(home.hub_key)
         self._sign = hub_key.sign
         roster = self._roster.verify(identity.public_key(hub_key))
-        self._admitted = check(self._manifest, self._minute())
+        self._admitted = check(self._manifest, None if row.status in ENDED else self._minute())
         self._params = run_params(self._manifest, self._admitted, roster, 0)
         self._names = {party.id: party.name for party in self._manifest.members}
+        self._model = b""
+        self._exchange = Exchange(grid, self._params.man, self._names, self._continue)
+        self._label = f"study {digest[:12]}"
 
     def run(self) -> None:
-        """From consent to the last round. Raises WardroundError when the study cannot go on."""
+        """From where it is to the last round. Raises WardroundError when the study cannot go on.
+
+        Raises: UnreachableError when the hub stops; the study then stays as it is.
+        """
+        if self._store.study(self._digest).status in ENDED:
+            self.close()
+            return
         try:
-            self._consent()
-            self._status("setting up")
-            setup = self._setup()
-            self._status("running")
-            self._rounds(setup)
+            if not self._continue().directory:
+                self._consent()
+            self._rounds(self._setup())
             self._status("done")
-            log.info("study %s done", self._digest[:12])
         except Ended as ended:
-            log.info("study %s ended: %s", self._digest[:12], ended.problem)
-        finally:
-            self._close()
+            log.info("%s: %s", self._label, ended.problem)
+        except UnreachableError:
+            raise
+        except WardroundError as error:
+            self._store.set_status(self._digest, "failed", error.problem)
+            self.close()
+            raise
+        self.close()
+
+    def close(self) -> None:
+        """Tell every member that is attached that the run is over, so that its secrets are erased."""
+        exchange = Exchange(self._exchange.grid, self._params.man, self._names, lambda: None)
+        closed = json.loads(self._store.study(self._digest).closed)
+        requests = {i: exchange.request(messages.CLOSE) for i in exchange.online() if i not in closed}
+        for site, reply, _ in exchange.ask(messages.CLOSE, requests, CLOSE_TIMEOUT_S):
+            if reply.available:
+                self._store.closed_at(self._digest, site)
 
     def _minute(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%MZ")
 
     def _status(self, status: str, detail: str = "") -> None:
-        self._continue()
-        self._store.set_status(self._digest, status, detail)
+        row = self._continue()
+        if (row.status, row.detail) != (status, detail):
+            self._store.set_status(self._digest, status, detail)
+            log.info("%s: %s%s", self._label, status, f": {detail}" if detail else "")
 
-    def _continue(self) -> None:
-        status = self._store.study(self._digest).status
-        if status in ENDED:
-            raise Ended("rounds.ended", f"the study is {status}")
+    def _continue(self) -> StudyRow:
+        row = self._store.study(self._digest)
+        if row.status in ENDED:
+            raise Ended("rounds.ended", f"the study is {row.status}")
+        return row
 
     def _unexpired(self) -> None:
         expires = self._manifest.study.expires
         if self._minute() >= expires:
             raise RefusedError("rounds.expired", f"the study expired at {expires}")
 
-    def _ask(
-        self,
-        kind: Kind,
-        requests: Sequence[tuple[int, Request]],
-        timeout_s: float,
-        state: Sequence[bytes] = (),
-    ) -> list[tuple[int, Reply, list[bytes]]]:
-        """Send one request to each id and return what verifies as a reply of that kind."""
-        wanted = [
-            flower.instruction(
-                site, kind.message_type, messages.encode_request(request), attachment=state, ttl_s=timeout_s
-            )
-            for site, request in requests
-        ]
-        answers = []
-        for message in self._grid.send_and_receive(wanted, timeout=timeout_s):
-            site = message.metadata.src_node_id
-            try:
-                reply = messages.decode_reply(kind.message_type, flower.body_of(message))
-                answers.append((site, reply, flower.attachment_of(message)))
-            except WardroundError as error:
-                log.warning("%s: a reply to %s was dropped: %s", self._name(site), kind.message_type, error)
-        silent = {site for site, _ in requests} - {site for site, _, _ in answers}
-        for site in sorted(silent):
-            log.info("%s: no reply to %s in %.1f s", self._name(site), kind.message_type, timeout_s)
-        return answers
-
-    def _collect(
-        self,
-        kind: Kind,
-        requests: Sequence[tuple[int, Request]],
-        timeout_s: float,
-        take: Callable[[int, tuple[Record, ...]], None],
-        state: Sequence[bytes] = (),
-    ) -> None:
-        """Ask, and hand each available reply to ``take``; what it refuses counts as missing."""
-        for site, reply, _ in self._ask(kind, requests, timeout_s, state):
-            if not reply.available:
-                log.info("%s: unavailable", self._name(site))
-                continue
-            try:
-                take(site, reply.records)
-            except WardroundError as error:
-                log.warning("%s: refused: %s", self._name(site), error)
-
-    def _name(self, site: int) -> str:
-        return f"study {self._digest[:12]}, site {site} {self._names.get(site, '?')!r}"
-
-    def _request(self, kind: Kind, *parts: Record) -> Request:
-        return Request(kind, self._params.man, tuple(parts))
-
     # -- consent and setup ---------------------------------------------------------------------------------
+
+    def _consult(self, sites: Collection[int], decisions: dict[int, str]) -> set[int]:
+        """Offer the study; the sites that approve it now, and ``decisions`` brought up to date."""
+        exchange, approving = self._exchange, set()
+        offer = exchange.request(messages.STUDY, document=study_document(self._signed, self._roster))
+        before = dict(decisions)
+        for site, reply, _ in exchange.ask(messages.STUDY, dict.fromkeys(sites, offer), CONSENT_TIMEOUT_S):
+            if reply.available:
+                decisions[site] = reply.decision
+                if reply.decision == "approved":
+                    approving.add(site)
+        if decisions != before:
+            self._store.set_decisions(self._digest, decisions)
+            for site in sorted(site for site in decisions if decisions[site] != before.get(site)):
+                log.info("%s: %s", exchange.name(site), decisions[site])
+        return approving
+
+    def _decisions(self) -> dict[int, str]:
+        return {
+            int(site): said for site, said in json.loads(self._store.study(self._digest).decisions).items()
+        }
+
+    def _denied(self, decisions: Mapping[int, str]) -> None:
+        names = ", ".join(self._names[i] for i, decision in decisions.items() if decision == "denied")
+        self._store.set_status(self._digest, "denied", f"denied by {names}")
 
     def _consent(self) -> None:
         """Offer the study until every member has approved it; one denial ends it."""
         self._status("waiting for approval")
-        document = study_document(self._signed, self._roster)
-        request = Request(messages.STUDY, self._params.man, (), document)
-        decisions: dict[int, str] = {}
-        while len(decisions) < len(self._names) or set(decisions.values()) != {"approved"}:
-            self._continue()
+        decisions = self._decisions()
+        while [decisions.get(i) for i in self._names] != ["approved"] * len(self._names):
             self._unexpired()
-            online = [
-                i for i in self._grid.get_node_ids() if i in self._names and decisions.get(i) != "approved"
-            ]
-            before = dict(decisions)
-            for site, reply, _ in self._ask(messages.STUDY, [(i, request) for i in online], SETUP_TIMEOUT_S):
-                decisions[site] = reply.decision
-            if decisions != before:
-                self._store.set_decisions(self._digest, decisions)
-            denied = [self._names[i] for i, decision in decisions.items() if decision == "denied"]
-            if denied:
-                self._store.set_status(self._digest, "denied", f"denied by {', '.join(denied)}")
-            time.sleep(CONSENT_PERIOD_S)
+            self._consult([i for i in self._exchange.online() if decisions.get(i) != "approved"], decisions)
+            if "denied" in decisions.values():
+                self._denied(decisions)
+            self._exchange.pause(CONSENT_PERIOD_S)
 
     def _setup(self) -> Setup:
-        """S1 to S4. Raises RefusedError when fewer than m hospitals can be paired."""
-        setup = HubSetup(self._params)
-        everyone = list(self._params.members)
-        self._collect(
-            messages.KEYS,
-            [(i, self._request(messages.KEYS)) for i in everyone],
-            SETUP_TIMEOUT_S,
-            lambda site, found: setup.on_announce(site, _only(found, records.KeyAnnounce)),
-        )
+        """S1 to S4, or what is left of them. Raises RefusedError when fewer than m hospitals share keys."""
+        row, exchange = self._store.study(self._digest), self._exchange
+        known = records.decode(records.Directory, row.directory) if row.directory else None
+        setup = HubSetup(self._params, known)
+        if known is None:
+            self._announce(setup)
         directory = setup.directory()
-        self._collect(
+        if row.pairs:
+            pairs = frozenset((i, j) for i, j in json.loads(row.pairs))
+            return Setup(directory, records.directory_digest(self._params.man, directory.entries), pairs)
+        self._status("setting up")
+        # Before it leaves: a run has one Directory, also after a restart.
+        self._store.keep_setup(self._digest, records.encode(directory), None)
+        exchange.collect(
             messages.DIRECTORY,
-            [(i, self._request(messages.DIRECTORY, directory)) for i in setup.listed],
+            dict.fromkeys(setup.listed, exchange.request(messages.DIRECTORY, directory)),
             SETUP_TIMEOUT_S,
-            lambda site, found: setup.on_pair_seeds(site, _all(found, records.PairSeed)),
+            lambda site, found: setup.on_pair_seeds(site, every(found, records.PairSeed)),
         )
-        self._collect(
+        exchange.collect(
             messages.SEEDS,
-            [(i, self._request(messages.SEEDS, *setup.seeds_for(i))) for i in setup.listed],
+            {i: exchange.request(messages.SEEDS, *setup.seeds_for(i)) for i in setup.listed},
             SETUP_TIMEOUT_S,
-            lambda site, found: setup.on_confirm(site, _only(found, records.Confirm)),
+            lambda site, found: setup.on_confirm(site, only(found, records.Confirm)),
         )
-        self._collect(
+        exchange.collect(
             messages.CONFIRMS,
-            [(i, self._request(messages.CONFIRMS, *setup.confirms_for(i))) for i in setup.listed],
+            {i: exchange.request(messages.CONFIRMS, *setup.confirms_for(i)) for i in setup.listed},
             SETUP_TIMEOUT_S,
             lambda _site, _found: None,
         )
         outcome = setup.outcome()
-        log.info(
-            "study %s: %d hospitals in the directory, %d pairs confirmed",
-            self._digest[:12], len(setup.listed), len(outcome.pairs),
-        )  # fmt: skip
+        paired = outcome.cohort_among(setup.listed)
+        if len(paired) < self._params.m:
+            raise RefusedError(
+                "rounds.pairs", f"{len(paired)} hospitals share keys, and the study needs {self._params.m}",
+                remedy="Submit it again, with a new token, when the others are back.",
+            )  # fmt: skip
+        self._store.keep_setup(self._digest, records.encode(directory), list(outcome.pairs))
+        log.info("%s: %d hospitals share keys", self._label, len(paired))
         return outcome
+
+    def _announce(self, setup: HubSetup) -> None:
+        """S1 of everybody, or of at least m when the rest stays silent for the setup's time."""
+        exchange, patience = self._exchange, time.monotonic() + SETUP_TIMEOUT_S
+        while missing := setup.missing_announces():
+            online = [i for i in exchange.online() if i in missing]
+            late = time.monotonic() >= patience
+            if late and len(self._names) - len(missing) >= self._params.m:
+                break
+            self._status("setting up", self._waits_for(missing) if late else "")
+            self._unexpired()
+            exchange.collect(
+                messages.KEYS,
+                dict.fromkeys(online, exchange.request(messages.KEYS)),
+                CONSENT_TIMEOUT_S,
+                lambda site, found: setup.on_announce(site, only(found, records.KeyAnnounce)),
+            )
+            if setup.missing_announces():
+                exchange.pause(CONSENT_PERIOD_S)
+
+    def _waits_for(self, missing: Collection[int]) -> str:
+        return f"{self._params.m} hospitals are needed; waiting for " + ", ".join(
+            self._names[i] for i in sorted(missing)
+        )
 
     # -- rounds --------------------------------------------------------------------------------------------
 
-    def _rounds(self, setup: Setup) -> None:
-        layout = self._admitted.layout
-        state = initial_state(self._manifest)
-        step = ServerStep(self._manifest.study.training.server)
-        for number in range(1, self._manifest.study.training.rounds + 1):
-            self._continue()
-            self._unexpired()
-            started = time.monotonic()
-            stored = state_bytes(state, layout)
-            round_ = self._round(setup, number, stored, model_digest(state, layout))
-            sums = round_.finish()
-            mean = dequantise(sums.parameters, self._params.step) / len(sums.cohort)
-            state = step.advance(state, unflatten(mean, layout))
-            result = round_.result(model_digest(state, layout))
-            seconds = time.monotonic() - started
-            attempt = round_.accumulator
-            self._store.add_round(
-                self._digest,
-                Checkpoint(
-                    round=number,
-                    attempt=1,
-                    cohort=sums.cohort,
-                    context=attempt.ctx,
-                    sum_digest=result.sum_digest,
-                    model_digest=result.model_digest,
-                    state=state_bytes(state, layout),
-                    seconds=seconds,
-                ),
-            )
-            log.info(
-                "study %s: round %d of %d done in %.3f s with %d hospitals",
-                self._digest[:12], number, self._manifest.study.training.rounds, seconds, len(sums.cohort),
-            )  # fmt: skip
-            # A hospital that is asked for its next round does not need the result first.
-            self._tell(messages.RESULT, sums.cohort, result)
+    def _gather(self, setup: Setup, consult: bool) -> list[int]:
+        """Wait until at least m hospitals that share keys can take part; those that are there now.
 
-    def _round(self, setup: Setup, number: int, stored: bytes, digest: bytes) -> HubRound:
-        """R0 to R5 with one attempt. Raises RefusedError or FailureError when the round is lost."""
-        timing = self._manifest.study.aggregation
+        With ``consult`` each is asked whether it still takes part, so that no hospital is charged for a round
+        that others would not join. Raises RefusedError after ``quorum_s``.
+        """
+        listed = [entry.id for entry in setup.directory.entries]
+        deadline = time.monotonic() + self._manifest.study.aggregation.quorum_s
+        decisions = self._decisions()
+        while True:
+            self._unexpired()
+            # Who has withdrawn stays out: its run is erased.
+            here = [i for i in self._exchange.online() if i in listed and decisions.get(i) != "denied"]
+            if consult:
+                here = sorted(self._consult(here, decisions))
+                if sum(decisions.get(i) != "denied" for i in listed) < self._params.m:
+                    self._denied(decisions)
+            if len(setup.cohort_among(here)) >= self._params.m:
+                self._status("running")
+                return here
+            self._status("waiting for hospitals", self._waits_for(set(listed) - set(here)))
+            if time.monotonic() >= deadline:
+                raise RefusedError(
+                    "rounds.quorum", self._waits_for(set(listed) - set(here)) + " was in vain",
+                    remedy="Submit it again when they can take part.",
+                )  # fmt: skip
+            self._exchange.pause(CONSENT_PERIOD_S)
+
+    def _rounds(self, setup: Setup) -> None:
+        study, row = self._manifest.study, self._store.study(self._digest)
+        step = ServerStep(self._manifest)
+        if row.round:
+            step.restore(self._store.strategy(self._digest))
+            self._model = self._store.state(self._digest)
+            log.info("%s: goes on after round %d", self._label, row.round)
+        else:
+            self._model = state_bytes(initial_state(self._manifest), self._admitted.layout)
+        started = self._store.started(self._digest)
+        for cut in started:
+            if cut.step is None and not cut.lost:
+                self._store.lose_round(self._digest, cut.number, "the hub was stopped")
+        lost, consult, number = 0, bool(started), len(started)
+        while step.advances < study.training.rounds:
+            if number == study.aggregation.rounds_max:
+                raise FailureError(
+                    "rounds.used-up", f"{number - step.advances} rounds were lost, and the study has no more",
+                    remedy="Look into the causes in the log, then submit it again.",
+                )  # fmt: skip
+            sites = self._gather(setup, consult)
+            number = self._store.start_round(self._digest)
+            try:
+                self._round(setup, number, sites, step)
+                lost, consult = 0, False
+            except RoundLost as error:
+                lost, consult = lost + 1, True
+                self._store.lose_round(self._digest, number, error.problem)
+                log.warning("%s: round %d lost: %s", self._label, number, error.problem)
+                if lost == LOST_IN_A_ROW:
+                    raise FailureError(
+                        "rounds.lost", f"{lost} rounds in a row were lost, the last because {error.problem}",
+                        remedy="Look into the causes in the log, then submit it again.",
+                    ) from error  # fmt: skip
+
+    def _round(self, setup: Setup, number: int, sites: list[int], step: ServerStep) -> None:
+        """One round and its checkpoint. Raises RoundLost; the model is then as it was.
+
+        A model is held as bytes, with views into them, and each copy is let go before the next is made.
+        """
+        layout, timing, started = self._admitted.layout, self._manifest.study.aggregation, time.monotonic()
+        old = load_state(self._model, layout, timing.state_norm_bound)
         round_ = HubRound(
             self._params,
             setup,
             round=number,
-            state=records.state_digest(stored),
-            model_digest=digest,
+            state=records.state_digest(self._model),
+            model_digest=model_digest(old, layout),
             deadline=int(self._clock() + timing.deadline_s) + 1,
             sign=self._sign,
         )
-        listed = [entry.id for entry in setup.directory.entries]
-        self._collect(
-            messages.READY,
-            [(i, self._request(messages.READY, round_.start)) for i in listed],
-            timing.deadline_s + REPLY_MARGIN_S,
-            lambda site, found: round_.on_ready(site, _only(found, records.Ready)),
-            flower.chunks(stored),
+        carried = Round(self._exchange, round_, timing)
+        carried.run(sites, self._model)
+        sums, context = round_.finish(), round_.accumulator.ctx
+        cohort = sums.cohort
+        new = step.advance(old, sums.parameters, self._params.step, len(cohort))
+        self._model = b""
+        del old
+        check_state(new, layout, timing.state_norm_bound)
+        result = round_.result(model_digest(new, layout))
+        self._model = state_bytes(new, layout)
+        del new, sums, round_
+        attempt = carried.attempts
+        del carried
+        seconds = time.monotonic() - started
+        self._store.complete_round(
+            self._digest,
+            Checkpoint(
+                number=number,
+                step=step.advances,
+                attempt=attempt,
+                cohort=cohort,
+                context=context,
+                sum_digest=result.sum_digest,
+                model_digest=result.model_digest,
+                state=self._model,
+                strategy=step.to_bytes(),
+                seconds=seconds,
+            ),
         )
-        self._continue()
-        cohort = round_.cohort()
-        self._upload(round_, cohort, timing.upload_s)
-        open_please = round_.open_please()
-        self._collect(
-            messages.OPEN,
-            [(i, self._request(messages.OPEN, open_please)) for i in cohort.ids],
-            timing.upload_s + REPLY_MARGIN_S,
-            lambda site, found: round_.on_open(site, _only(found, records.Open)),
-        )
-        return round_
-
-    def _upload(self, round_: HubRound, cohort: records.Cohort, upload_s: float) -> None:
-        """R2 and R3: payloads go to the accumulator as they arrive, or from the reply on other Grids."""
-        requests = [(i, self._request(messages.UPLOAD, cohort)) for i in cohort.ids]
-        streaming = self._grid if isinstance(self._grid, GrpcGrid) else None
-        if streaming is not None:
-            streaming.sink = _Uploads(round_)
-        try:
-            answers = self._ask(messages.UPLOAD, requests, upload_s + REPLY_MARGIN_S)
-        finally:
-            if streaming is not None:
-                streaming.sink = None
-        for site, reply, chunks in answers:
-            if not reply.available:
-                log.info("%s: unavailable", self._name(site))
-            elif streaming is None:
-                try:
-                    round_.on_upload(site, _only(reply.records, records.Upload))
-                    for index, chunk in enumerate(chunks):
-                        round_.on_chunk(site, index, chunk)
-                except WardroundError as error:
-                    log.warning("%s: refused: %s", self._name(site), error)
-
-    def _tell(self, kind: Kind, sites: Iterable[int], *parts: Record) -> None:
-        """Push a message whose reply nobody waits for."""
-        body = messages.encode_request(self._request(kind, *parts))
-        self._grid.push_messages([flower.instruction(i, kind.message_type, body, ttl_s=60.0) for i in sites])
-
-    def _close(self) -> None:
-        """Tell every member that the run is over, so that its secrets are erased."""
-        online = [i for i in self._grid.get_node_ids() if i in self._names]
-        self._ask(messages.CLOSE, [(i, self._request(messages.CLOSE)) for i in online], REPLY_MARGIN_S)
-
-
-def _only(found: tuple[Record, ...], kind: type[R]) -> R:
-    return _all(found, kind)[0]
-
-
-def _all(found: tuple[Record, ...], kind: type[R]) -> tuple[R, ...]:
-    if not all(isinstance(record, kind) for record in found):
-        raise FailureError("rounds.record", f"a reply must hold {kind.__name__} records")
-    return found  # type: ignore[return-value]
+        log.info(
+            "%s: round %d of %d done in %.3f s with %d hospitals%s",
+            self._label, step.advances, self._manifest.study.training.rounds, seconds, len(cohort),
+            "" if attempt == 1 else f", at attempt {attempt}",
+        )  # fmt: skip
+        # A hospital that is asked for its next round does not need the result first.
+        self._exchange.tell(messages.RESULT, cohort, result)

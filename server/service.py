@@ -1,9 +1,11 @@
-"""The running hub: the link, the coordinator's service, and a thread that runs one study at a time.
+"""The running hub: the link, the coordinator's service, and a thread for each study that has not ended.
 
-Source: DESIGN "Built on Flower". Rules: studies run in the order of submission; an aborted study's status
-is written first and the round loop sees it at its next step; a stop signal ends the link, then the thread.
+Source: DESIGN "Built on Flower". Rules: no study waits for another one; an end is written first and then acts
+at once; a site that was away when a run ended is told so when it is back; a revoked site's stream is cut; a
+stop signal ends the link, then the threads.
 """
 
+import json
 import logging
 import signal
 import threading
@@ -11,19 +13,22 @@ from datetime import UTC, datetime
 
 from common import flower, identity
 from common.certificates import Peer
-from common.errors import WardroundError
+from common.errors import RefusedError, UnreachableError, WardroundError
 from common.identity import read_secret
 from common.roster import SignedRoster
+from common.study import SignedManifest
 from server.app import app
 from server.enrolment import admitted, sign_roster
+from server.grid import GrpcGrid
 from server.home import HubHome
-from server.link import GrpcGrid, Link
-from server.store import ENDED, Store
+from server.link import Link
+from server.store import ENDED, Store, StudyRow
 from server.studies import Studies
 
 log = logging.getLogger("wardround.hub")
 
-IDLE_S = 1.0
+LOOK_PERIOD_S = 0.5
+STOP_TIMEOUT_S = 10.0
 
 
 class Hub:
@@ -45,10 +50,12 @@ class Hub:
             admit=self._admit,
             services=[Studies(self).register],
         )
-        self._thread = threading.Thread(target=self._run_studies, name="studies", daemon=True)
+        self._running: dict[str, tuple[GrpcGrid, threading.Thread]] = {}
+        self._members: dict[str, frozenset[int]] = {}
+        self._thread = threading.Thread(target=self._look, name="studies", daemon=True)
 
     def start(self) -> int:
-        """Listen and begin with the first study that has not ended. Returns the port."""
+        """Listen, and go on with every study that has not ended. Returns the port."""
         port = self.link.start()
         self._thread.start()
         log.info("hub listens on %s", self.listen)
@@ -58,16 +65,18 @@ class Hub:
         """Block until SIGINT or SIGTERM, then stop."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self._stopping.set())
-        while not self._stopping.wait(IDLE_S):
+        while not self._stopping.wait(LOOK_PERIOD_S):
             pass
         self.stop()
 
     def stop(self) -> None:
-        """End the link and the thread; studies in progress stay as they are."""
+        """End the link and the threads; studies in progress stay as they are."""
         self._stopping.set()
         self._wake.set()
         self.link.stop()
-        self._thread.join(timeout=30)
+        self._thread.join(timeout=STOP_TIMEOUT_S)
+        for _, thread in self._running.values():
+            thread.join(timeout=STOP_TIMEOUT_S)
         self.store.close()
         log.info("hub stopped")
 
@@ -88,30 +97,72 @@ class Hub:
         self._wake.set()
 
     def abort(self, digest: str, reason: str) -> None:
-        """Write the end of a study; its round loop stops at its next step."""
+        """Write the end of a study; its thread sees it at once."""
         self.store.set_status(digest, "aborted", reason)
-        log.info("study %s aborted: %s", digest[:12], reason)
+        log.info("study %s: aborted: %s", digest[:12], reason)
+        if digest in self._running:
+            self._running[digest][0].wake()
 
     def _admit(self, peer: Peer) -> None:
+        row = self.store.site(peer.number)
+        if row is not None and row.revoked:
+            raise RefusedError(
+                "enrolment.revoked",
+                f"the admission of {row.name!r} was revoked",
+                remedy="Ask the coordinator why; a new admission needs a new request.",
+            )
         admitted(self.store, peer)
 
-    def _run_studies(self) -> None:
+    def _look(self) -> None:
+        """Twice a second: begin what is queued, cut whom was revoked, tell who is back what has ended."""
         while not self._stopping.is_set():
-            self._wake.wait(IDLE_S)
+            self._wake.wait(LOOK_PERIOD_S)
             self._wake.clear()
-            for row in self.store.studies():
-                if row.status not in ENDED and not self._stopping.is_set():
-                    self._run(row.digest)
+            try:
+                self._look_once()
+            except UnreachableError:
+                return
+            except Exception:
+                # A full disk or a locked table must not end the hub's care for its studies.
+                log.exception("the hub could not look after its studies")
 
-    def _run(self, digest: str) -> None:
+    def _look_once(self) -> None:
+        online = self.link.online()
+        for site in self.store.sites(revoked=True):
+            if site.id in online:
+                log.warning("site %d %r: cut off, its admission was revoked", site.id, site.name)
+                self.link.disconnect(site.id)
+        self._running = {digest: run for digest, run in self._running.items() if run[1].is_alive()}
+        for row in self.store.studies():
+            if row.digest in self._running or self._stopping.is_set():
+                continue
+            if row.status in ENDED and not self._untold(row) & set(online):
+                continue  # nobody is here who may still hold secrets of it
+            grid = GrpcGrid(self.link)
+            thread = threading.Thread(
+                target=self._run, args=(row.digest, grid), name=row.digest[:12], daemon=True
+            )
+            self._running[row.digest] = (grid, thread)
+            thread.start()
+
+    def _untold(self, row: StudyRow) -> set[int]:
+        """Members of an ended study that have not been told so."""
+        if row.digest not in self._members:
+            whole = self.store.study(row.digest)
+            manifest = SignedManifest(whole.manifest, whole.signature).verify()
+            self._members[row.digest] = frozenset(party.id for party in manifest.members)
+        return set(self._members[row.digest]) - set(json.loads(row.closed))
+
+    def _run(self, digest: str, grid: GrpcGrid) -> None:
         config = {"hub-home": str(self._home.folder), "study": digest}
         try:
-            app(GrpcGrid(self.link), flower.context_for(flower.HUB_NODE_ID, config))
+            app(grid, flower.context_for(flower.HUB_NODE_ID, config))
+        except UnreachableError as error:
+            log.info("study %s: left as it is: %s", digest[:12], error.problem)
         except WardroundError as error:
-            if not self._stopping.is_set():
-                log.error("study %s failed: %s", digest[:12], error)
-                self.store.set_status(digest, "failed", error.problem)
+            log.error("study %s: failed: %s", digest[:12], error)
+            self.store.set_status(digest, "failed", error.problem)
         except Exception:
             # A defect must end this study, not the hub; the trace holds no record, for none is here.
-            log.exception("study %s failed", digest[:12])
+            log.exception("study %s: failed", digest[:12])
             self.store.set_status(digest, "failed", "internal error; see the hub's log")

@@ -1,7 +1,8 @@
-"""The hub's tables: admitted sites, studies, and one row a completed round with its model.
+"""The hub's tables: admitted sites, studies, and one row a round, completed or lost.
 
-Source: DESIGN "Libraries" (SQLAlchemy; SQLite by default). Rules: a round's checkpoint and its row are
-one transaction; nothing here is secret and nothing here depends on a single hospital's update.
+Source: DESIGN "Libraries" (SQLAlchemy; SQLite by default). Rules: a round's number is in the table before
+its start leaves, and is never used again; model, strategy state and round are one transaction; nothing here
+is secret and nothing here depends on a single hospital's update.
 """
 
 import json
@@ -10,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import LargeBinary, create_engine, event, func, select
+from sqlalchemy import ColumnElement, LargeBinary, create_engine, event, func, select
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, defer, mapped_column
@@ -23,6 +24,7 @@ STATUSES: Final = (
     "waiting for approval",
     "queued",
     "setting up",
+    "waiting for hospitals",
     "running",
     "done",
     "failed",
@@ -46,6 +48,7 @@ class SiteRow(Base):
     ledger_key: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
     tls_fingerprint: Mapped[str] = mapped_column(unique=True)
     admitted: Mapped[str]
+    revoked: Mapped[str] = mapped_column(default="")
 
 
 class StudyRow(Base):
@@ -65,34 +68,56 @@ class StudyRow(Base):
     rounds: Mapped[int]
     submitted: Mapped[str]
     decisions: Mapped[str] = mapped_column(default="{}")
+    directory: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    pairs: Mapped[str] = mapped_column(default="")
+    closed: Mapped[str] = mapped_column(default="[]")
 
 
 class RoundRow(Base):
-    """One completed round: who took part, digests, and the model it gave."""
+    """One round that was started: ``lost`` says why it gave nothing; ``step`` counts the completed ones.
+
+    A row without a step and a reason is the round in flight, or the one in which the hub was killed.
+    """
 
     __tablename__ = "rounds"
     study: Mapped[str] = mapped_column(primary_key=True)
-    round: Mapped[int] = mapped_column(primary_key=True)
-    attempt: Mapped[int]
-    cohort: Mapped[str]
-    context: Mapped[bytes] = mapped_column(LargeBinary)
-    sum_digest: Mapped[bytes] = mapped_column(LargeBinary)
-    model_digest: Mapped[bytes] = mapped_column(LargeBinary)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int | None] = mapped_column(default=None)
+    lost: Mapped[str] = mapped_column(default="")
+    attempt: Mapped[int] = mapped_column(default=0)
+    cohort: Mapped[str] = mapped_column(default="[]")
+    context: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    sum_digest: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    model_digest: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    state: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    seconds: Mapped[float] = mapped_column(default=0.0)
+
+
+class StrategyRow(Base):
+    """The server strategy's state after the last completed round of a study."""
+
+    __tablename__ = "strategies"
+    study: Mapped[str] = mapped_column(primary_key=True)
     state: Mapped[bytes] = mapped_column(LargeBinary)
-    seconds: Mapped[float]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A completed round as the round loop hands it over. ``state`` is a safetensors file."""
+    """A completed round as the round loop hands it over.
 
-    round: int
+    ``number`` is the protocol's, ``step`` the count of completed ones; ``state`` and ``strategy`` are
+    safetensors files.
+    """
+
+    number: int
+    step: int
     attempt: int
     cohort: tuple[int, ...]
     context: bytes
     sum_digest: bytes
     model_digest: bytes
     state: bytes
+    strategy: bytes
     seconds: float
 
 
@@ -166,10 +191,24 @@ class Store:
         except IntegrityError as error:
             raise duplicate(name) from error
 
-    def sites(self) -> Sequence[SiteRow]:
-        """All admitted sites, by id."""
+    def sites(self, revoked: bool = False) -> Sequence[SiteRow]:
+        """All admitted sites by id, or those whose admission was revoked."""
+        chosen = SiteRow.revoked != "" if revoked else SiteRow.revoked == ""
         with self._reading() as session:
-            return session.scalars(select(SiteRow).order_by(SiteRow.id)).all()
+            return session.scalars(select(SiteRow).where(chosen).order_by(SiteRow.id)).all()
+
+    def revoke_site(self, name: str, when: str, reason: str) -> SiteRow:
+        """End a site's admission for good. Raises RefusedError when no site of that name is admitted."""
+        with self._writing() as session:
+            row = session.scalars(select(SiteRow).where(SiteRow.name == name)).one_or_none()
+            if row is None or row.revoked:
+                raise RefusedError(
+                    "enrolment.unknown",
+                    f"no site named {name!r} is admitted",
+                    remedy="Give the name of its admission.",
+                )
+            row.revoked = f"{when} {reason}"
+            return row
 
     def site(self, site_id: int) -> SiteRow | None:
         """One site, or None."""
@@ -196,9 +235,12 @@ class Store:
         return row
 
     def studies(self) -> Sequence[StudyRow]:
-        """All studies in the order of submission."""
+        """All studies in the order of submission, without their documents."""
+        documents = [
+            defer(c) for c in (StudyRow.manifest, StudyRow.roster, StudyRow.directory, StudyRow.pairs)
+        ]
         with self._reading() as session:
-            return session.scalars(select(StudyRow).order_by(StudyRow.number)).all()
+            return session.scalars(select(StudyRow).order_by(StudyRow.number).options(*documents)).all()
 
     def set_status(self, digest: str, status: str, detail: str = "") -> None:
         """Change a study's status unless it has ended: an ended study stays as it is."""
@@ -214,39 +256,64 @@ class Store:
                 {str(k): v for k, v in sorted(decisions.items())}
             )
 
-    def add_round(self, digest: str, checkpoint: Checkpoint) -> None:
-        """Store a completed round and move the study's counter, in one transaction."""
+    def keep_setup(self, digest: str, directory: bytes, pairs: Sequence[tuple[int, int]] | None) -> None:
+        """Remember the Directory before it leaves, and the confirmed pairs once they are known."""
         with self._writing() as session:
-            session.add(
-                RoundRow(
-                    study=digest,
-                    round=checkpoint.round,
-                    attempt=checkpoint.attempt,
-                    cohort=json.dumps(checkpoint.cohort),
-                    context=checkpoint.context,
-                    sum_digest=checkpoint.sum_digest,
-                    model_digest=checkpoint.model_digest,
-                    state=checkpoint.state,
-                    seconds=checkpoint.seconds,
-                )
+            row = session.get_one(StudyRow, digest)
+            row.directory, row.pairs = directory, "" if pairs is None else json.dumps(sorted(pairs))
+
+    def start_round(self, digest: str) -> int:
+        """Take the next round number, before its start leaves.
+
+        Guarantee: a_round_number_is_used_once - also when the hub is killed right after.
+        """
+        with self._writing() as session:
+            last = session.scalar(select(func.max(RoundRow.number)).where(RoundRow.study == digest)) or 0
+            session.add(RoundRow(study=digest, number=last + 1))
+            return last + 1
+
+    def lose_round(self, digest: str, number: int, reason: str) -> None:
+        """Remember why a round that was started gave nothing."""
+        with self._writing() as session:
+            session.get_one(RoundRow, (digest, number)).lost = reason
+
+    def complete_round(self, digest: str, checkpoint: Checkpoint) -> None:
+        """Store model, strategy state and round, in one transaction."""
+        with self._writing() as session:
+            row = session.get_one(RoundRow, (digest, checkpoint.number))
+            row.step, row.attempt, row.cohort = (
+                checkpoint.step,
+                checkpoint.attempt,
+                json.dumps(checkpoint.cohort),
             )
-            session.get_one(StudyRow, digest).round = checkpoint.round
+            row.context, row.sum_digest = checkpoint.context, checkpoint.sum_digest
+            row.model_digest, row.state, row.seconds = (
+                checkpoint.model_digest,
+                checkpoint.state,
+                checkpoint.seconds,
+            )
+            session.get_one(StudyRow, digest).round = checkpoint.step
+            session.merge(StrategyRow(study=digest, state=checkpoint.strategy))
+
+    def started(self, digest: str) -> Sequence[RoundRow]:
+        """Every round that was started, by number, without models."""
+        return self._rounds(RoundRow.study == digest, RoundRow.number)
 
     def rounds(self, digest: str, after: int = 0) -> Sequence[RoundRow]:
-        """The completed rounds of a study past round ``after``, in order, without their models."""
-        with self._reading() as session:
-            return session.scalars(
-                select(RoundRow)
-                .where(RoundRow.study == digest, RoundRow.round > after)
-                .order_by(RoundRow.round)
-                .options(defer(RoundRow.state))
-            ).all()
+        """The completed rounds past step ``after``, in order, without their models."""
+        return self._rounds((RoundRow.study == digest) & (RoundRow.step > after), RoundRow.step)
 
-    def state(self, digest: str, round_number: int = 0) -> bytes:
-        """The model after a completed round, 0 for the last. Raises RefusedError when there is none."""
-        query = select(RoundRow).where(RoundRow.study == digest).order_by(RoundRow.round.desc()).limit(1)
-        if round_number:
-            query = query.where(RoundRow.round == round_number)
+    def _rounds(self, wanted: ColumnElement[bool], order: Any) -> Sequence[RoundRow]:
+        with self._reading() as session:
+            query = select(RoundRow).where(wanted).order_by(order)
+            return session.scalars(query.options(defer(RoundRow.state))).all()
+
+    def state(self, digest: str, step: int = 0) -> bytes:
+        """The model after ``step`` completed rounds, 0: the last. Raises RefusedError when there is none."""
+        query = select(RoundRow).where(RoundRow.study == digest, RoundRow.step.is_not(None))
+        query = query.order_by(RoundRow.step.desc()).limit(1)
+        if step:
+            query = query.where(RoundRow.step == step)
         with self._reading() as session:
             row = session.scalars(query).one_or_none()
         if row is None:
@@ -254,3 +321,15 @@ class Store:
                 "study.no-model", "the study has no such completed round", remedy="Watch the study."
             )
         return row.state
+
+    def strategy(self, digest: str) -> bytes:
+        """The strategy's state after the last completed round; empty before the first."""
+        with self._reading() as session:
+            row = session.get(StrategyRow, digest)
+        return b"" if row is None else row.state
+
+    def closed_at(self, digest: str, site_id: int) -> None:
+        """Remember that a site has erased its secrets of an ended study."""
+        with self._writing() as session:
+            row = session.get_one(StudyRow, digest)
+            row.closed = json.dumps(sorted({*json.loads(row.closed), site_id}))

@@ -1,102 +1,151 @@
-"""One server step: the decoded mean of a round becomes one synthetic reply to a Flower strategy.
+"""One server step: the sum of a round becomes one synthetic reply to a Flower strategy.
 
-Source: Flower's ``flwr.serverapp.strategy``; McMahan et al., arXiv 1602.05629 (FedAvg). Rules: the
-strategy sees exactly one reply with ``num-examples`` 1, because no single hospital's update exists here;
-its result is cast to the layout's dtype; the round given to it is the number of advances.
+Source: Flower's ``flwr.serverapp.strategy``; the papers are named in ``common.study``. Rules: the strategy
+sees exactly one reply with ``num-examples`` 1, because no single hospital's update exists here; all of them
+work on each coordinate alone, so the model goes through them in blocks; a strategy lives for one block, and
+what it must remember is kept here, so that a restored step has nothing else to go on than this one has; the
+round given to it is the number of advances.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import math
 from typing import Any, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp import strategy as flowers
 from numpy.typing import NDArray
 
 from common import flower
-from common.errors import FailureError
-from common.study import Server
+from common.errors import FailureError, VerificationError
+from common.secagg.codec import Integers, dequantise
+from common.study import Manifest
+from common.tasks.models.layout import Tensor, layout, size
+from common.tasks.state import State, load_state, state_bytes
+from server.memory import MemoryGrid
 
 # Flower narrates every call at INFO; what happened in a round is said by server/rounds.py, once.
 logging.getLogger("flwr").setLevel(logging.WARNING)
 
-State = Mapping[str, NDArray[np.float32]]
 STUB_NODE_ID: Final = 1
-
-STRATEGIES: Final[dict[str, Callable[[], Strategy]]] = {
-    "fedavg": lambda: FedAvg(min_train_nodes=1, min_available_nodes=1),
+BLOCK: Final = 1 << 16
+ONE_NODE: Final = {"min_train_nodes": 1, "min_available_nodes": 1}
+STRATEGIES: Final[dict[str, tuple[type[flowers.FedAvg], dict[str, str], tuple[str, ...]]]] = {
+    "fedavg": (flowers.FedAvg, {}, ()),
+    "fedavgm": (
+        flowers.FedAvgM,
+        {"learning_rate": "server_learning_rate", "momentum": "server_momentum"},
+        ("momentum_vector",),
+    ),
+    "fedadagrad": (flowers.FedAdagrad, {"learning_rate": "eta"}, ("m_t", "v_t")),
+    "fedadam": (flowers.FedAdam, {"learning_rate": "eta"}, ("m_t", "v_t")),
+    "fedyogi": (flowers.FedYogi, {"learning_rate": "eta"}, ("m_t", "v_t")),
 }
+"""Flower's class, its names for our parameters where they differ, and what it remembers."""
 
-
-class _OneNode(Grid):
-    """The Grid that configure_train wants to sample from: one node, no messages."""
-
-    def set_run(self, run: flower.Run) -> None:
-        """Nothing to remember."""
-
-    @property
-    def run(self) -> flower.Run:
-        """An empty run."""
-        return flower.empty_run()
-
-    def create_message(self, *args: Any, **kwargs: Any) -> flower.Message:
-        """Not offered."""
-        raise FailureError("strategy.grid", "this Grid sends no messages")
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The one node."""
-        return [STUB_NODE_ID]
-
-    def push_messages(self, messages: Iterable[flower.Message]) -> Iterable[str]:
-        """Not offered."""
-        raise FailureError("strategy.grid", "this Grid sends no messages")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[flower.Message]:
-        """Not offered."""
-        raise FailureError("strategy.grid", "this Grid sends no messages")
-
-    def send_and_receive(
-        self, messages: Iterable[flower.Message], *, timeout: float | None = None
-    ) -> Iterable[flower.Message]:
-        """Not offered."""
-        raise FailureError("strategy.grid", "this Grid sends no messages")
-
-
-def _record(state: Mapping[str, NDArray[np.floating[Any]]]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.asarray(value)) for name, value in state.items()})
+_KEY: Final = "block"
+_ADVANCES: Final = "advances"
 
 
 class ServerStep:
-    """Flower's strategy behind ``advance(mean, state) -> next state``."""
+    """The study's strategy behind ``advance(state, sum) -> next state``.
 
-    def __init__(self, server: Server) -> None:
-        flower.assume_identity(flower.HUB_NODE_ID)
-        self._strategy = STRATEGIES[server.strategy]()
-        self._grid = _OneNode()
+    Guarantee: killed_equals_uninterrupted - a new step restored from ``to_bytes`` goes on with the same bits.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        study = manifest.study
+        self._layout = layout(study.model, study.contract)
+        self._make, names, slots = STRATEGIES[study.training.server.strategy]
+        given = study.training.server.model_dump(exclude={"strategy"})
+        self._options: dict[str, Any] = ONE_NODE | {names.get(name, name): x for name, x in given.items()}
+        self._grid = MemoryGrid({STUB_NODE_ID: _silent})
+        self._slots = {name: np.zeros(size(self._layout)) for name in slots}
         self.advances = 0
 
-    def advance(
-        self, state: State, mean_update: Mapping[str, NDArray[np.float64]]
-    ) -> dict[str, NDArray[np.float32]]:
-        """The next model.
+    def advance(self, state: State, total: Integers, step: float, cohort: int) -> State:
+        """The next model: the strategy's answer to ``state`` plus the mean change.
 
-        ``state`` and ``mean_update`` hold the layout's tensors; the strategy is shown the model that the
-        mean update leads to. Raises FailureError when the result is not finite.
+        ``total`` [d] is the sum over ``cohort`` hospitals in units of ``step``. It is used up where it is
+        writable and 32 bits wide: the next model is then made in its memory.
+
+        Guarantee: blocks_are_flowers_own_step - the bits are those of one strategy that keeps float64 arrays
+        of the whole model and is given each cast result.
+        Raises: FailureError when the result is not finite; this step is then not to be used again.
         """
+        if total.shape != (size(self._layout),):
+            raise FailureError("strategy.shape", "the sum does not have the length of the model")
         self.advances += 1
+        reuse = total.dtype == np.int32 and total.flags.writeable and total.flags.c_contiguous
+        result = total.view(np.float32) if reuse else np.empty(total.shape, np.float32)
+        found: State = {}
+        start = 0
+        for tensor in self._layout:
+            old = state[tensor.name].reshape(-1)
+            for at in range(0, tensor.size, BLOCK):
+                stop = min(at + BLOCK, tensor.size)
+                here = slice(start + at, start + stop)
+                current = old[at:stop].astype(np.float64)
+                moved = current + dequantise(total[here], step) / cohort
+                with np.errstate(over="ignore", invalid="ignore"):
+                    block = self._block(current, moved, here).astype(np.float32)
+                # Adding +0 makes zeros positive, as they are in a stored state.
+                np.add(block, np.float32(0), out=result[here])
+                if not np.isfinite(block).all():
+                    raise FailureError(
+                        "strategy.not-finite", "the server step gave a model that is not finite"
+                    )
+            found[tensor.name] = result[start : start + tensor.size].reshape(tensor.shape)
+            start += tensor.size
+        return found
+
+    def to_bytes(self) -> bytes:
+        """All that is remembered between advances, as safetensors: for a checkpoint beside the model."""
+        count = np.array([self.advances], dtype=np.float64)
+        return state_bytes({_ADVANCES: count, **self._slots}, self._remembered)
+
+    def restore(self, data: bytes) -> None:
+        """Go on where ``to_bytes`` was made, for the same manifest.
+
+        Guarantee: foreign_bytes_are_not_restored - other names, lengths, numbers or forms are refused.
+        Raises: VerificationError.
+        """
+        values = load_state(data, self._remembered, math.inf)
+        advances = float(values.pop(_ADVANCES)[0])
+        if not (advances >= 0 and advances.is_integer()):
+            raise VerificationError("strategy.advances", "the number of advances is not a count")
+        self.advances = int(advances)
+        self._slots = {name: np.array(value, dtype=np.float64) for name, value in values.items()}
+
+    @property
+    def _remembered(self) -> list[Tensor]:
+        slots = [Tensor(name, slot.shape, "float64") for name, slot in self._slots.items()]
+        return [Tensor(_ADVANCES, (1,), "float64"), *slots]
+
+    def _block(
+        self, current: NDArray[np.float64], moved: NDArray[np.float64], here: slice
+    ) -> NDArray[np.float64]:
+        """One block through a strategy that is lent its memory of it."""
+        strategy = self._make(**self._options)
+        for name, slot in self._slots.items():
+            setattr(strategy, name, [slot[here]] if name == "momentum_vector" else {_KEY: slot[here]})
         requests = list(
-            self._strategy.configure_train(self.advances, _record(state), ConfigRecord({}), self._grid)
+            strategy.configure_train(self.advances, _record(current), ConfigRecord({}), self._grid)
         )
-        moved = {name: (value.astype(np.float64) + mean_update[name]) for name, value in state.items()}
         content = RecordDict({"arrays": _record(moved), "metrics": MetricRecord({"num-examples": 1})})
-        arrays, _metrics = self._strategy.aggregate_train(
-            self.advances, [flower.Message(content, reply_to=requests[0])]
-        )
+        reply = flower.Message(content, reply_to=requests[0])
+        arrays, _metrics = strategy.aggregate_train(self.advances, [reply])
         if arrays is None:
             raise FailureError("strategy.result", "the server strategy gave no model")
-        result = {name: arrays[name].numpy().astype(np.float32).reshape(state[name].shape) for name in state}
-        if not all(np.isfinite(value).all() for value in result.values()):
-            raise FailureError("strategy.not-finite", "the server step gave a model that is not finite")
-        return result
+        for name, slot in self._slots.items():
+            kept = getattr(strategy, name)
+            slot[here] = (kept[0] if name == "momentum_vector" else kept[_KEY]) + 0.0
+        return arrays[_KEY].numpy()
+
+
+def _record(values: NDArray[np.float64]) -> ArrayRecord:
+    return ArrayRecord({_KEY: Array(values)})
+
+
+def _silent(_message: flower.Message) -> flower.Message:
+    raise FailureError("strategy.grid", "this Grid is only counted")

@@ -1,4 +1,4 @@
-"""The coordinator's service on the hub's port: roster, submit, list, watch, abort, export.
+"""The coordinator's service on the hub's port: roster, submit, list, show, watch, abort, export.
 
 Source: DESIGN "Three people, one program". Rules: only a coordinator certificate may call; a manifest is
 checked whole (signature, roster, admissibility) before anything is stored; submitting the same manifest
@@ -9,6 +9,7 @@ import asyncio
 import functools
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime
 from typing import Any, Final, Protocol
@@ -28,6 +29,7 @@ from server.store import ENDED, Store, StudyRow
 log = logging.getLogger("wardround.hub.studies")
 
 WATCH_PERIOD_S: Final = 0.2
+SIGN_OF_LIFE_S: Final = 4.0
 STATE_CHUNK_BYTES: Final = 1 << 20
 
 
@@ -160,6 +162,24 @@ class Studies(link_pb2_grpc.StudiesServicer):
         return link_pb2.StudyList(studies=[describe(row) for row in self._desk.store.studies()])
 
     @_call
+    async def Show(self, request: link_pb2.StudyReference, context: Any) -> link_pb2.StudyDetail:  # noqa: N802
+        """A study's manifest, its members, and every round that was started."""
+        row = self._desk.store.study(request.digest)
+        event = self._event(request.digest)
+        detail = link_pb2.StudyDetail(study=event.study, sites=event.sites)
+        detail.manifest.data, detail.manifest.signature = row.manifest, row.signature
+        for started in self._desk.store.started(request.digest):
+            detail.rounds.add(
+                step=started.step or 0,
+                number=started.number,
+                attempt=started.attempt,
+                cohort=json.loads(started.cohort),
+                seconds=started.seconds,
+                lost=started.lost,
+            )
+        return detail
+
+    @_call
     async def Abort(self, request: link_pb2.AbortRequest, context: Any) -> link_pb2.StudyInfo:  # noqa: N802
         """End a study for good."""
         row = self._desk.store.study(request.digest)
@@ -173,7 +193,7 @@ class Studies(link_pb2_grpc.StudiesServicer):
     async def Watch(  # noqa: N802
         self, request: link_pb2.StudyReference, context: Any
     ) -> AsyncIterator[link_pb2.StudyEvent]:
-        """An event now and at every change, until the study has ended."""
+        """An event now, at every change and as a sign of life, until the study has ended."""
         try:
             _authorise(context)
             self._desk.store.study(request.digest)
@@ -185,13 +205,13 @@ class Studies(link_pb2_grpc.StudiesServicer):
     async def _events(self, digest: str) -> AsyncIterator[link_pb2.StudyEvent]:
         store = self._desk.store
         last: link_pb2.StudyEvent | None = None
-        shown = 0
+        shown, told = 0, 0.0
         while True:
             # The status first: a round that is stored after it is then told in the next turn, never lost.
             event = self._event(digest)
             for row in store.rounds(digest, after=shown):
-                shown = row.round
-                event.study.round = row.round
+                shown = row.step or shown
+                event.study.round = shown
                 del event.cohort[:]
                 event.cohort.extend(json.loads(row.cohort))
                 event.seconds = row.seconds
@@ -202,8 +222,8 @@ class Studies(link_pb2_grpc.StudiesServicer):
                 event.cohort[:] = last.cohort
                 event.seconds = last.seconds
             event.study.round = shown
-            if event != last:
-                last = link_pb2.StudyEvent()
+            if event != last or time.monotonic() - told > SIGN_OF_LIFE_S:
+                last, told = link_pb2.StudyEvent(), time.monotonic()
                 last.CopyFrom(event)
                 yield event
             if event.study.status in ENDED:

@@ -107,7 +107,8 @@ class Federation:
         now = datetime.now(UTC)
         self.hub_home = HubHome(self.folder / "hub")
         made = create_hub(self.hub_home, address=self.address, listen=self.address, now=now)
-        self.names = list(NAMES[: self.hospitals])
+        more = (f"Hospital {number}" for number in range(len(NAMES) + 1, self.hospitals + 1))
+        self.names = [*NAMES, *more][: self.hospitals]
         self.sites = [SiteHome(self.folder / f"site{i + 1}") for i in range(self.hospitals)]
         for number, (home, name) in enumerate(zip(self.sites, self.names, strict=True), start=1):
             request = create_site(home, name=name, hub=self.address)

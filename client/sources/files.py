@@ -40,27 +40,17 @@ def load_table(kind: str, path: Path, contract: Contract, *, key: bytes, part: P
     Guarantee: csv_and_parquet_agree - the same cells give the same table.
     Guarantee: source_errors_hold_no_value - in text, fields, cause and context.
     Assumes: the file is well-formed, so that the bytes of one row don't reach into another.
-
     Raises: ContractError.
     """
     file = _approved(kind, path)
-    connection = duckdb.connect(":memory:")
-    try:
-        for setting in (
-            f"SET allowed_paths = [{_quoted(str(file))}]",
-            "SET temp_directory = ''",
-            "SET autoinstall_known_extensions = false",
-            "SET autoload_known_extensions = false",
-            "SET enable_external_access = false",
-        ):
-            connection.execute(setting)
-        names = _csv_names(file) if kind == "csv" else []
+    names = _csv_names(file) if kind == "csv" else []
+    with duckdb.connect(":memory:") as connection:
+        connection.execute(f"SET allowed_paths = [{_quoted(str(file))}]; SET temp_directory = ''")
+        for option in ("autoinstall_known_extensions", "autoload_known_extensions", "enable_external_access"):
+            connection.execute(f"SET {option} = false")
         _copy(connection, file, names)
-        connection.execute("SET disabled_filesystems = 'LocalFileSystem'")
-        connection.execute("SET lock_configuration = true")
+        connection.execute("SET disabled_filesystems = 'LocalFileSystem'; SET lock_configuration = true")
         patients, columns = _columns(connection, file, names, contract)
-    finally:
-        connection.close()
     x, y = contract.encode(columns)
     return build_table(patients, x, y, contract, key=key, part=part)
 
@@ -69,11 +59,8 @@ def _approved(kind: str, path: Path) -> Path:
     if kind not in KINDS:
         raise ContractError("source.kind", f"a source is {' or '.join(KINDS)}, not {kind!r}")
     if _GLOB & set(str(path)):
-        raise ContractError(
-            "source.path",
-            f"{path}: a source is one file, its path without any of * ? [ ] {{ }}",
-            remedy="Rename it.",
-        )
+        problem = f"{path}: a source is one file, its path without any of * ? [ ] {{ }}"
+        raise ContractError("source.path", problem, remedy="Rename it.")
     file, reason = path, ""
     try:
         file = path.resolve(strict=True)
@@ -85,11 +72,8 @@ def _approved(kind: str, path: Path) -> Path:
     except OSError as error:
         reason = error.strerror or "unreadable"
     if reason:
-        raise ContractError(
-            "source.unreadable",
-            f"{path} cannot be read: {reason}",
-            remedy="Check the path in policy.toml and that the agent's account may read the file.",
-        )
+        remedy = "Check the path in policy.toml and that the agent's account may read the file."
+        raise ContractError("source.unreadable", f"{path} cannot be read: {reason}", remedy=remedy)
     if _GLOB & set(str(file)):
         raise ContractError("source.path", f"{path}: its real path must be without any of * ? [ ] {{ }}")
     return file
@@ -134,33 +118,30 @@ def _execute(
     query: str,
     file: Path,
     names: Sequence[str],
-    parameters: Sequence[str] = (),
+    values: Sequence[str] = (),
 ) -> None:
-    message = ""
-    memory = False
+    """Run ``query``; a failure is told without DuckDB's message, which quotes a line of the file."""
+    failure: FailureError | ContractError
     try:
-        connection.execute(query, parameters)
+        connection.execute(query, values)
     except duckdb.OutOfMemoryException:
-        memory = True
+        remedy = "Give the agent more memory."
+        failure = FailureError("source.memory", f"{file} does not fit into memory", remedy=remedy)
     except duckdb.Error as error:
-        message = str(error) or "error"
-    # Raised outside of the handlers, so that DuckDB's message, which quotes a line of the file, ends here.
-    if memory:
-        raise FailureError(
-            "source.memory", f"{file} does not fit into memory", remedy="Give the agent more memory."
-        )
-    if message and names:
-        line = _LINE.search(message)
-        where = f"line {line.group(1)}" if line else "the file"
-        raise ContractError(
-            "source.malformed",
-            f"{file}: {where} is not CSV with {len(names)} columns, as the first line has them",
-            remedy=_CSV_REMEDY,
-        )
-    if message:
-        raise ContractError(
-            "source.malformed", f"{file} is not a readable Parquet file", remedy="Export it again as Parquet."
-        )
+        line = _LINE.search(str(error))
+        failure = _malformed(file, names, f"line {line[1]}" if line else "the file")
+    else:
+        return
+    # Raised outside of the handlers, so that the message is not in its context either.
+    raise failure
+
+
+def _malformed(file: Path, names: Sequence[str], where: str) -> ContractError:
+    if names:
+        problem = f"{file}: {where} is not CSV with {len(names)} columns, as the first line has them"
+        return ContractError("source.malformed", problem, remedy=_CSV_REMEDY)
+    remedy = "Export it again as Parquet."
+    return ContractError("source.malformed", f"{file} is not a readable Parquet file", remedy=remedy)
 
 
 def _columns(
@@ -177,20 +158,15 @@ def _columns(
         places = [index for index, found in enumerate(names) if found == name]
         if len(places) != 1:
             times = "no column" if not places else "more than one column"
-            raise ContractError(
-                "source.column",
-                f"{file} has {times} {name!r}, which the contract needs once",
-                remedy=_near(name, names) if not places else "Give each column its own name.",
-            )
+            problem = f"{file} has {times} {name!r}, which the contract needs once"
+            remedy = _near(name, names) if not places else "Give each column its own name."
+            raise ContractError("source.column", problem, remedy=remedy)
         column, kind = _identifier(str(described[places[0]][0])), types[places[0]]
         expression = _as_number(column, kind) if name in numbers else _as_text(column, kind)
         if expression is None:
             needed = "numbers" if name in numbers else "text, whole numbers or dates"
-            raise ContractError(
-                "source.type",
-                f"{file}: column {name!r} is {kind.split('(')[0]}, the contract needs {needed}",
-                remedy="Convert the column in the extract.",
-            )
+            problem = f"{file}: column {name!r} is {kind.split('(')[0]}, the contract needs {needed}"
+            raise ContractError("source.type", problem, remedy="Convert the column in the extract.")
         expressions.append(expression)
     selected = ", ".join(f"{text} AS v{index}" for index, text in enumerate(expressions))
     query = f"SELECT {selected} FROM extract"  # noqa: S608 - every name is quoted

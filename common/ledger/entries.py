@@ -3,7 +3,7 @@
 Source: PRIVACY "Registers", "What else may cross the wire", "Event fields"; RFC 8785 (leaf bytes).
 Rules: every field is on a list here; a leaf holds no count of rows, duration, batch size or exception
 text; times are whole minutes of UTC; every leaf names who wrote it and with which version; leaves are
-numbered from 0 and time never goes backwards; only a person's approval carries free text.
+numbered from 0 and time never goes backwards; only a person's decision carries free text.
 """
 
 import re
@@ -91,6 +91,16 @@ def _frozen(fields: Mapping[str, str | int]) -> Mapping[str, str | int]:
     return MappingProxyType(dict(fields))
 
 
+def _one_visible_line(reason: str) -> str:
+    try:
+        return check_reason(reason)
+    except UsageError as error:
+        raise ValueError(error.problem) from error
+
+
+Words = Annotated[str, AfterValidator(_one_visible_line)]
+
+
 class _Leaf(BaseModel):
     model_config = ConfigDict(
         frozen=True,
@@ -144,15 +154,15 @@ class Approval(_Leaf):
     type: Literal["approval"] = "approval"
     manifest: Hex64
     decision: Literal["approved", "denied"]
-    reason: str
+    reason: Words
 
-    @field_validator("reason")
-    @classmethod
-    def _reason_is_one_visible_line(cls, value: str) -> str:
-        try:
-            return check_reason(value)
-        except UsageError as error:
-            raise ValueError(error.problem) from error
+
+class Pause(_Leaf):
+    """A person's decision that the whole site takes part in nothing, or takes part again."""
+
+    type: Literal["pause"] = "pause"
+    decision: Literal["paused", "resumed"]
+    reason: Words
 
 
 class Charge(_Leaf):
@@ -206,7 +216,7 @@ class Outcome(_Leaf):
     reason: OutcomeReason
 
 
-Entry = Opened | Approval | Charge | Outcome
+Entry = Opened | Approval | Pause | Charge | Outcome
 
 _ENTRIES: Final[TypeAdapter[Entry]] = TypeAdapter(Annotated[Entry, Field(discriminator="type")])
 
@@ -276,10 +286,11 @@ def decode(leaf: bytes) -> Entry:
 class History:
     """What the entries so far allow to come next. One instance follows one ledger from its beginning."""
 
-    __slots__ = ("_events", "_registers", "last")
+    __slots__ = ("_events", "_paused", "_registers", "last")
 
     def __init__(self) -> None:
         self.last: Entry | None = None
+        self._paused = False
         self._registers: set[str] = set()
         self._events: set[str] = set()
 
@@ -287,8 +298,9 @@ class History:
         """Check that ``entry`` may come next; nothing is remembered.
 
         Guarantee: time_never_goes_backwards - an entry older than the one before it is refused.
+        Guarantee: nothing_is_charged_while_paused - by whomever, for whatever study.
         Guarantee: history_is_checked - numbers follow each other; a register is opened once; an event is
-        charged once, to an opened register; an outcome names a charged event.
+        charged once, to an opened register; an outcome names a charged event; a pause ends before another.
 
         Raises: RefusedError naming the rule.
         """
@@ -305,6 +317,8 @@ class History:
             if entry.register_id in self._registers:
                 raise RefusedError("ledger.opened-twice", "this register is open already in this ledger")
         elif isinstance(entry, Charge):
+            if self._paused:
+                raise RefusedError("ledger.paused", "this site is paused: nothing is charged")
             if entry.register_id not in self._registers:
                 raise RefusedError(
                     "ledger.register", "the event charges a register that was never opened here"
@@ -313,6 +327,9 @@ class History:
                 raise RefusedError("ledger.charged-twice", "an event with this id is charged already")
         elif isinstance(entry, Outcome) and entry.event_id not in self._events:
             raise RefusedError("ledger.outcome", "the outcome names an event that was never charged")
+        elif isinstance(entry, Pause) and (entry.decision == "paused") == self._paused:
+            problem = "this site is paused already" if self._paused else "this site is not paused"
+            raise RefusedError("ledger.pause", problem)
 
     def add(self, entry: Entry) -> None:
         """Take a checked entry as the newest."""
@@ -321,6 +338,8 @@ class History:
             self._registers.add(entry.register_id)
         elif isinstance(entry, Charge):
             self._events.add(entry.event_id)
+        elif isinstance(entry, Pause):
+            self._paused = entry.decision == "paused"
 
 
 def events(entries: Sequence[Entry], register_id: str) -> list[Mapping[str, str | int]]:

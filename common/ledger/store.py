@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import FailureError, RefusedError, VerificationError
-from common.identity import public_key, sign, verify
+from common.identity import public_key, sign, sync_folder, verify
 from common.ledger import entries as leaves
 from common.ledger.entries import Entry, History
 from common.ledger.notes import Checkpoint, note_of, origin_of
@@ -84,11 +83,8 @@ class _Chain:
         if type(row.seq) is not int or not all(isinstance(column, bytes) for column in row[1:]):
             raise _tampered(self.frontier.size, "is damaged: a column has another type")
         if row.seq != self.frontier.size:
-            raise VerificationError(
-                "ledger.gap",
-                f"ledger entry {self.frontier.size} is missing; entry {row.seq} stands in its place",
-                remedy=_RESTORE,
-            )
+            problem = f"ledger entry {self.frontier.size} is missing; entry {row.seq} stands in its place"
+            raise VerificationError("ledger.gap", problem, remedy=_RESTORE)
         if leaf_hash(row.leaf) != row.leaf_hash:
             raise _tampered(row.seq, "was changed: its bytes do not have the recorded hash")
         frontier = self.frontier.append(row.leaf_hash)
@@ -103,6 +99,10 @@ class _Chain:
         self.history.add(entry)
         self.entries.append(entry)
         self.last = row
+
+    def head(self) -> Head:
+        """Size and root of the rows taken so far."""
+        return Head(self.frontier.size, self.frontier.root())
 
     def check_signature(self, public: bytes) -> None:
         """Check that ``public`` signed the newest head, and by it everything before."""
@@ -173,9 +173,7 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def append(self, entry: Entry) -> int:
@@ -189,7 +187,6 @@ class Ledger:
         of ``decide`` goes through and nothing is appended. ``decide`` must not call this ledger.
 
         Guarantee: decisions_see_one_total - between what ``decide`` saw and its entry there is no other.
-
         Raises: RefusedError (no ledger key, clock set back, entry that may not follow); VerificationError
         when the file was changed; FailureError when it cannot be written: nothing was appended then.
         """
@@ -218,34 +215,22 @@ class Ledger:
 
     def entries(self) -> tuple[Entry, ...]:
         """Every entry, oldest first. Raises VerificationError when the file was changed."""
-        with self._lock, _sqlite_errors(self._path):
-            self._refresh()
-            return tuple(self._chain.entries)
+        with self._current() as chain:
+            return tuple(chain.entries)
 
     def head(self) -> Head:
         """Size and root now. Raises VerificationError when the file was changed."""
-        with self._lock, _sqlite_errors(self._path):
-            self._refresh()
-            return Head(self._chain.frontier.size, self._chain.frontier.root())
-
-    @property
-    def size(self) -> int:
-        """Number of entries now."""
-        return self.head().size
-
-    def root(self) -> bytes:
-        """Root now, 32 bytes."""
-        return self.head().root
+        with self._current() as chain:
+            return chain.head()
 
     def checkpoint(self, public: bytes) -> str:
         """The newest head as the ledger key signed it: a C2SP checkpoint in a signed note.
 
         ``public`` is the raw ledger key. Raises RefusedError while the ledger is empty.
         """
-        with self._lock, _sqlite_errors(self._path):
-            self._refresh()
-            self._chain.check_signature(public)
-            row = self._chain.last
+        with self._current() as chain:
+            chain.check_signature(public)
+            row = chain.last
         if row is None:
             raise RefusedError("ledger.empty", "an empty ledger has no signed head")
         origin = origin_of(public)
@@ -258,7 +243,6 @@ class Ledger:
         first one is named.
         Assumes: a file rewritten by whoever holds the ledger key, or replaced by an older copy of itself,
         is found only by comparing heads with someone who remembers them.
-
         Raises: VerificationError naming the entry.
         """
         chain = _Chain()
@@ -269,34 +253,33 @@ class Ledger:
                 if public is not None:
                     _check_signature(row, public)
             self._refresh()
-        return Head(chain.frontier.size, chain.frontier.root())
+        return chain.head()
 
     def _prepare(self, *, create: bool) -> None:
         connection = self._connection
         connection.execute("PRAGMA trusted_schema = OFF")
         if create:
-            if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                raise _exists(self._path)
+            self._check_empty()
             connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         if create:
             with self._transaction():
-                if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    raise _exists(self._path)
-                for statement in (TABLE, *TRIGGERS):
+                self._check_empty()
+                for statement in (TABLE, *TRIGGERS, f"PRAGMA application_id = {APPLICATION_ID}"):
                     connection.execute(statement)
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         self._check_schema()
+
+    def _check_empty(self) -> None:
+        if self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            problem = f"{self._path} exists already; a ledger is never made anew over another"
+            raise RefusedError("ledger.exists", problem, remedy="Open it.")
 
     def _check_schema(self) -> None:
         found = {row[0] for row in self._connection.execute("SELECT sql FROM sqlite_master")}
         application = self._connection.execute("PRAGMA application_id").fetchone()[0]
         if found != {TABLE, *TRIGGERS} or application != APPLICATION_ID:
-            raise VerificationError(
-                "ledger.schema",
-                f"{self._path} does not have the tables and triggers of a ledger",
-                remedy=_RESTORE,
-            )
+            problem = f"{self._path} does not have the tables and triggers of a ledger"
+            raise VerificationError("ledger.schema", problem, remedy=_RESTORE)
         if self._connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
             raise VerificationError("ledger.journal", f"{self._path} is not in WAL mode", remedy=_RESTORE)
 
@@ -308,16 +291,20 @@ class Ledger:
         known = chain.last
         rows = self._rows(0 if known is None else known.seq)
         if known is not None and next(rows, None) != known:
-            raise VerificationError(
-                "ledger.rewritten",
-                f"ledger entry {known.seq}, read before, is no longer in {self._path} as it was",
-                remedy=_RESTORE,
-            )
+            problem = f"ledger entry {known.seq}, read before, is no longer in {self._path} as it was"
+            raise VerificationError("ledger.rewritten", problem, remedy=_RESTORE)
         for row in rows:
             chain.take(row)
         if self._key is not None and chain.frontier.size > self._signed_size:
             chain.check_signature(public_key(self._key))
             self._signed_size = chain.frontier.size
+
+    @contextmanager
+    def _current(self) -> Iterator[_Chain]:
+        """Every row of the file now, under the lock."""
+        with self._lock, _sqlite_errors(self._path):
+            self._refresh()
+            yield self._chain
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -338,11 +325,8 @@ def _claim(path: Path, *, create: bool) -> None:
     """Make the empty file with mode 0600 (SQLite copies the mode to its WAL), or check that it is there."""
     if not create:
         if not path.exists():
-            raise RefusedError(
-                "ledger.missing",
-                f"the ledger {path} is missing",
-                remedy="Restore it; a register whose ledger is lost stays closed until it is re-keyed.",
-            )
+            remedy = "Restore it; a register whose ledger is lost stays closed until it is re-keyed."
+            raise RefusedError("ledger.missing", f"the ledger {path} is missing", remedy=remedy)
         return
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -351,17 +335,7 @@ def _claim(path: Path, *, create: bool) -> None:
         return
     except OSError as error:
         raise FailureError("ledger.create", f"the ledger {path} cannot be made: {error.strerror}") from error
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _exists(path: Path) -> RefusedError:
-    return RefusedError(
-        "ledger.exists", f"{path} exists already; a ledger is never made anew over another", remedy="Open it."
-    )
+    sync_folder(path.parent)
 
 
 def _signed_bytes(public: bytes, size: int, root: bytes) -> bytes:
@@ -387,13 +361,10 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.OperationalError as error:
         # Locked, full, read-only, no permission: the file may be sound.
-        raise FailureError(
-            "ledger.unusable",
-            f"the ledger {path} cannot be used: {error}",
-            remedy="Check free space, permissions and whether another process holds it; then try again.",
-        ) from error
+        problem = f"the ledger {path} cannot be used: {error}"
+        remedy = "Check free space, permissions and whether another process holds it; then try again."
+        raise FailureError("ledger.unusable", problem, remedy=remedy) from error
     # Text of a damaged schema may not even be UTF-8.
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        raise VerificationError(
-            "ledger.corrupt", f"{path} is not a sound ledger file: {error}", remedy=_RESTORE
-        ) from error
+        problem = f"{path} is not a sound ledger file: {error}"
+        raise VerificationError("ledger.corrupt", problem, remedy=_RESTORE) from error

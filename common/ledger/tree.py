@@ -7,7 +7,7 @@ they were given and use every element of a proof.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,7 +34,6 @@ class Frontier:
     Appending costs O(log n) hashes and no leaf; ``peaks`` has one hash for each 1 bit of ``size``.
 
     Guarantee: the_frontier_is_the_tree - after any appends, root() equals root() of all leaf hashes.
-
     Raises: UsageError on construction when peaks and size do not belong together.
     """
 
@@ -79,16 +78,7 @@ def inclusion_proof(leaf_hashes: Sequence[bytes], index: int) -> tuple[bytes, ..
     """
     if not 0 <= index < len(leaf_hashes):
         raise UsageError("ledger.proof-index", f"the tree of {len(leaf_hashes)} leaves has no leaf {index}")
-    proof: list[bytes] = []
-    start, end = 0, len(leaf_hashes)
-    while end - start > 1:
-        middle = start + _split(end - start)
-        if index < middle:
-            proof.append(root(leaf_hashes[middle:end]))
-            end = middle
-        else:
-            proof.append(root(leaf_hashes[start:middle]))
-            start = middle
+    proof, _, _ = _descend(leaf_hashes, index, lambda start, end: end - start == 1)
     return tuple(reversed(proof))
 
 
@@ -98,28 +88,16 @@ def verify_inclusion(
     """Check that the leaf is number ``index`` in the tree of ``size`` leaves with that root (RFC 9162).
 
     Guarantee: false_inclusion_is_refused - another leaf, index, size, path or root does not verify.
-
     Raises: VerificationError.
     """
     if not 0 <= index < size:
         raise VerificationError("ledger.inclusion", f"a tree of {size} leaves has no leaf {index}")
     for element in (hashed_leaf, expected_root, *proof):
         _check_hash(element, "hash in an inclusion proof")
-    position, last, node = index, size - 1, hashed_leaf
-    for sibling in proof:
-        if last == 0:
-            raise VerificationError("ledger.inclusion", "the inclusion proof is too long")
-        if position & 1 or position == last:
-            node = node_hash(sibling, node)
-            # A right edge that is not a right child has no sibling at this height: climb to where it has.
-            while not position & 1 and position:
-                position >>= 1
-                last >>= 1
-        else:
-            node = node_hash(node, sibling)
-        position >>= 1
-        last >>= 1
-    if last != 0 or node != expected_root:
+    node = hashed_leaf
+    for sibling, is_left in _path(index, size - 1, proof, "inclusion"):
+        node = node_hash(sibling, node) if is_left else node_hash(node, sibling)
+    if node != expected_root:
         raise VerificationError("ledger.inclusion", f"leaf {index} is not proven to be in the tree")
 
 
@@ -134,18 +112,9 @@ def consistency_proof(leaf_hashes: Sequence[bytes], old_size: int) -> tuple[byte
         raise UsageError("ledger.proof-size", f"a tree of {len(leaf_hashes)} leaves never had {old_size}")
     if old_size in (0, len(leaf_hashes)):
         return ()
-    proof: list[bytes] = []
-    start, end, whole = 0, len(leaf_hashes), True
-    while old_size != end:
-        middle = start + _split(end - start)
-        if old_size <= middle:
-            proof.append(root(leaf_hashes[middle:end]))
-            end = middle
-        else:
-            proof.append(root(leaf_hashes[start:middle]))
-            start, whole = middle, False
+    proof, start, end = _descend(leaf_hashes, old_size - 1, lambda _, end: end == old_size)
     # The verifier knows the old root: it is left out when the old tree is one whole subtree.
-    if not whole:
+    if start:
         proof.append(root(leaf_hashes[start:end]))
     return tuple(reversed(proof))
 
@@ -156,13 +125,11 @@ def verify_consistency(
     """Check that the tree of ``new_size`` leaves only appended to the tree of ``old_size`` (RFC 9162).
 
     Guarantee: rewritten_history_is_refused - a changed, dropped or reordered old leaf does not verify.
-
     Raises: VerificationError.
     """
     if not 0 <= old_size <= new_size:
-        raise VerificationError(
-            "ledger.consistency", f"a tree cannot shrink from {old_size} to {new_size} leaves"
-        )
+        problem = f"a tree cannot shrink from {old_size} to {new_size} leaves"
+        raise VerificationError("ledger.consistency", problem)
     for element in (old_root, new_root, *proof):
         _check_hash(element, "hash in a consistency proof")
     if old_size in (0, new_size):
@@ -175,29 +142,49 @@ def verify_consistency(
         raise VerificationError("ledger.consistency", "the consistency proof is empty")
     position, last = old_size - 1, new_size - 1
     while position & 1:
-        position >>= 1
-        last >>= 1
+        position, last = position >> 1, last >> 1
     old_node = new_node = path[0]
-    for element in path[1:]:
-        if last == 0:
-            raise VerificationError("ledger.consistency", "the consistency proof is too long")
-        if position & 1 or position == last:
-            old_node = node_hash(element, old_node)
-            new_node = node_hash(element, new_node)
-            while not position & 1 and position:
-                position >>= 1
-                last >>= 1
-        else:
-            new_node = node_hash(new_node, element)
-        position >>= 1
-        last >>= 1
-    if last != 0 or old_node != old_root or new_node != new_root:
+    for sibling, is_left in _path(position, last, path[1:], "consistency"):
+        if is_left:
+            old_node = node_hash(sibling, old_node)
+        new_node = node_hash(sibling, new_node) if is_left else node_hash(new_node, sibling)
+    if old_node != old_root or new_node != new_root:
         raise VerificationError("ledger.consistency", "the newer tree does not extend the older one")
 
 
-def _split(size: int) -> int:
-    """The largest power of two below ``size``, which is at least 2."""
-    return 1 << ((size - 1).bit_length() - 1)
+def _path(position: int, last: int, proof: Sequence[bytes], kind: str) -> Iterator[tuple[bytes, bool]]:
+    """Each sibling on the way from a node to the root, and whether it stands on the left.
+
+    ``position`` is the node's and ``last`` the last node's at its height. All of ``proof`` must be used.
+    """
+    for sibling in proof:
+        if last == 0:
+            raise VerificationError(f"ledger.{kind}", f"the {kind} proof is too long")
+        is_left = position & 1 == 1 or position == last
+        yield sibling, is_left
+        # A right edge that is not a right child has no sibling at this height: climb to where it has.
+        while is_left and not position & 1 and position:
+            position, last = position >> 1, last >> 1
+        position, last = position >> 1, last >> 1
+    if last != 0:
+        raise VerificationError(f"ledger.{kind}", f"the {kind} proof is too short")
+
+
+def _descend(
+    leaf_hashes: Sequence[bytes], index: int, arrived: Callable[[int, int], bool]
+) -> tuple[list[bytes], int, int]:
+    """The roots beside the way down to leaf ``index``, outermost first, and the subtree where it ends."""
+    siblings: list[bytes] = []
+    start, end = 0, len(leaf_hashes)
+    while not arrived(start, end):
+        middle = start + (1 << ((end - start - 1).bit_length() - 1))
+        if index < middle:
+            siblings.append(root(leaf_hashes[middle:end]))
+            end = middle
+        else:
+            siblings.append(root(leaf_hashes[start:middle]))
+            start = middle
+    return siblings, start, end
 
 
 def _check_hash(value: bytes, what: str) -> None:

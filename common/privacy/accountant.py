@@ -12,22 +12,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, localcontext
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from common.errors import UsageError
-from common.privacy.decimals import float_up, fraction_of, text_of
+from common.privacy.decimals import exact, float_up, fraction_of
 from common.privacy.events import BETA, Event
 
 View: TypeAlias = Literal["t", "w"]
 
 UNITS: Final = 2**64
+# Recorded in reports: the discretisation of the privacy loss, the logarithm of the mass truncated from one
+# step, and the mass truncated in each composition. Truncated mass counts as delta.
 PLD_INTERVAL: Final = 1e-4
-"""Discretisation of the privacy loss, recorded in reports."""
 PLD_TAIL_LOG: Final = -50.0
-"""Logarithm of the mass truncated from one step, recorded in reports; truncated mass counts as delta."""
 PLD_COMPOSE_TAIL: Final = 1e-15
-"""Mass truncated in each composition, recorded in reports; it counts as delta."""
 NOISE_LIMIT: Final = 100_000
 EXACT: Final = Context(prec=60, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _SAFETY: Final = Fraction(1, 10**40)
@@ -52,13 +51,9 @@ def _step_rho(q: Fraction, z: Fraction, order: int) -> Fraction:
     with localcontext(EXACT):
         rate = Decimal(q.numerator) / Decimal(q.denominator)
         half = Decimal(z.denominator**2) / Decimal(2 * z.numerator**2)
-        moment = sum(
-            (
-                math.comb(order, k) * (1 - rate) ** (order - k) * rate**k * (half * (k * k - k)).exp()
-                for k in range(order + 1)
-            ),
-            Decimal(0),
-        )
+        moment = Decimal(0)
+        for k in range(order + 1):
+            moment += math.comb(order, k) * (1 - rate) ** (order - k) * rate**k * (half * (k * k - k)).exp()
         rho = Fraction(moment.ln()) / (order - 1)
     return min(full, max(rho, Fraction(0)) + _SAFETY)
 
@@ -68,6 +63,8 @@ def rho_units(term: Term, order: int) -> int:
 
     Full batch: steps * order / (2 z^2). Poisson: steps * SGM(q, z, order), the larger of both directions,
     which for a Gaussian is that of the mixture against the noise alone (arXiv 1908.10530, theorem 5).
+
+    Guarantee: rho_agrees_with_dp_accounting - for full and Poisson sampling, at every order of the filter.
     """
     return math.ceil(term.steps * _step_rho(term.q, term.z, order) * UNITS)
 
@@ -83,19 +80,6 @@ def term_of(event: Event, view: View) -> Term:
     """The Gaussian term of an event of kind ``sum`` in one view."""
     mechanism = event.mechanism
     return Term(mechanism.q, mechanism.z(view), mechanism.steps)
-
-
-def rho(event: Event, order: int, view: View) -> float:
-    """Renyi divergence of an event at an integer order, rounded up; infinite for ``no_dp``.
-
-    Guarantee: rho_agrees_with_dp_accounting - for full and Poisson sampling, at every order of the filter.
-    """
-    return math.inf if event.kind == "no_dp" else float_up(Fraction(event_units(event, order, view), UNITS))
-
-
-def total_slack(events: Iterable[Event]) -> Fraction:
-    """Sum of d T |U| beta over events of kind ``sum``: total variation of all noise against the exact law."""
-    return sum((event.mechanism.slack for event in events if event.kind == "sum"), Fraction(0))
 
 
 def sampler_slack(dim: int, steps_total: int, members: int) -> Fraction:
@@ -152,9 +136,7 @@ def compose_epsilon(terms: Iterable[Term], delta: float, slack: Fraction = Fract
             mu_squared += term.steps / term.z**2
         else:
             sampled[term.q, term.z] += term.steps
-    epsilon_at: Callable[[float], float] = (
-        _sampled_epsilon(mu_squared, sampled) if sampled else lambda left: gaussian_epsilon(mu_squared, left)
-    )
+    epsilon_at = _sampled_epsilon(mu_squared, sampled) if sampled else partial(gaussian_epsilon, mu_squared)
     # delta' depends on epsilon: fix it at a value slightly above, then check that epsilon stayed below.
     ceiling = epsilon_at(delta) * 1.001 + 0.01
     if slack == 0 or ceiling > 600:
@@ -202,31 +184,20 @@ def pld_epsilon(events: Iterable[Event], delta: float, view: View) -> float:
     if any(event.kind == "no_dp" for event in listed):
         return math.inf
     sums = [event for event in listed if event.kind == "sum"]
-    return compose_epsilon((term_of(event, view) for event in sums), delta, total_slack(sums))
+    slack = sum((event.mechanism.slack for event in sums), Fraction(0))
+    return compose_epsilon((term_of(event, view) for event in sums), delta, slack)
 
 
 def noise_for_epsilon(
-    epsilon: float,
-    delta: float,
-    steps_total: int,
-    *,
-    dim: int,
-    sampling_rate: float = 1.0,
-    members: int = 1,
+    epsilon: float, delta: float, steps_total: int, *, dim: int, sampling_rate: float = 1.0, members: int = 1
 ) -> float:
     """Smallest noise multiplier, to 3 decimals upwards, with which the PLD of the plan is within ``epsilon``.
 
-    For reports; a study that has to pass a register's cap asks ``filter.noise_for_filter``.
-
-    Raises: UsageError when 100000 is not enough.
+    For reports; a study that has to pass a register's cap asks ``filter.noise_for_filter``. Raises UsageError
+    when 100000 is not enough.
     """
-    q = fraction_of(text_of(sampling_rate))
-    slack = sampler_slack(dim, steps_total, members)
-
-    def fits(z: Fraction) -> bool:
-        return compose_epsilon([Term(q, z, steps_total)], delta, slack) <= epsilon
-
-    return smallest_noise(fits)
+    q, slack = exact(sampling_rate), sampler_slack(dim, steps_total, members)
+    return smallest_noise(lambda z: compose_epsilon([Term(q, z, steps_total)], delta, slack) <= epsilon)
 
 
 def smallest_noise(fits: Callable[[Fraction], bool]) -> float:
@@ -238,9 +209,8 @@ def smallest_noise(fits: Callable[[Fraction], bool]) -> float:
     while not fits(Fraction(high, 1000)):
         low, high = high, high * 4
         if high > NOISE_LIMIT * 1000:
-            raise UsageError(
-                "privacy.noise-for-epsilon", "no noise is enough", remedy="Raise epsilon or delta."
-            )
+            remedy = "Raise epsilon or delta."
+            raise UsageError("privacy.noise-for-epsilon", "no noise is enough", remedy=remedy)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(Fraction(middle, 1000)) else (middle, high)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from common.errors import UsageError
 from common.privacy.decimals import root_over_down
+from common.privacy.noise import LARGEST_VARIANCE
 
 Arithmetic: TypeAlias = Literal["f64_bounded", "f32_assumed"]
 Vectors: TypeAlias = NDArray[np.float64]
@@ -27,7 +28,6 @@ Vectors: TypeAlias = NDArray[np.float64]
 ETA_LIMIT: Final = Fraction(1, 1000)
 GRID_SHARE_OF_CLIP: Final = Fraction(1, 100)
 SMALLEST_NOISE: Final = 16
-LARGEST_VARIANCE: Final = 2**52
 _CANCELLATION: Final = 1024
 _LARGEST_MAGNITUDE: Final = 2.0**450
 _UNIT_ROUNDOFF: Final = Fraction(1, 2**53)
@@ -49,11 +49,8 @@ def eta(arithmetic: Arithmetic, max_patients: int, terms_per_patient: int = 1) -
         return ETA_LIMIT
     bound = 2 * _CANCELLATION * (max_patients * terms_per_patient * _UNIT_ROUNDOFF) * max_patients
     if bound > ETA_LIMIT:
-        raise UsageError(
-            "privacy.eta",
-            f"rounding over {max_patients} patients can exceed {float(ETA_LIMIT)} of the clip norm",
-            remedy="Lower max_patients or the rows of one patient.",
-        )
+        problem = f"rounding over {max_patients} patients can exceed {float(ETA_LIMIT)} of the clip norm"
+        raise UsageError("privacy.eta", problem, remedy="Lower max_patients or the rows of one patient.")
     return bound
 
 
@@ -76,11 +73,8 @@ def check_grid(clip_norm: Fraction, grid_step: Fraction, dim: int) -> None:
     if dim < 1 or clip_norm <= 0 or grid_step <= 0:
         raise UsageError("privacy.grid", "dimension, clip norm and grid step must be positive")
     if dim * grid_step**2 > (GRID_SHARE_OF_CLIP * clip_norm) ** 2:
-        raise UsageError(
-            "privacy.grid-step",
-            "sqrt(dim) * grid_step exceeds 0.01 * clip_norm",
-            remedy="Lower grid_step; a quarter of 0.01 * clip_norm / sqrt(dim) is a good value.",
-        )
+        remedy = "Lower grid_step; a quarter of 0.01 * clip_norm / sqrt(dim) is a good value."
+        raise UsageError("privacy.grid-step", "sqrt(dim) * grid_step exceeds 0.01 * clip_norm", remedy=remedy)
 
 
 def grid_sensitivity(clip_norm: Fraction, grid_step: Fraction, dim: int, eta_bound: Fraction) -> int:
@@ -107,13 +101,11 @@ def noise_variance(z: Fraction, delta_g: int, sharers: int = 1) -> int:
         raise UsageError("privacy.noise", "noise multiplier, sensitivity and sharers must be positive")
     variance = math.ceil((z**2 * delta_g**2 + 4) / sharers) + 4
     if variance < SMALLEST_NOISE**2:
-        raise UsageError(
-            "privacy.noise-small", "the noise is under 16 grid steps", remedy="Lower grid_step or add noise."
-        )
+        remedy = "Lower grid_step or add noise."
+        raise UsageError("privacy.noise-small", "the noise is under 16 grid steps", remedy=remedy)
     if variance > LARGEST_VARIANCE:
-        raise UsageError(
-            "privacy.noise-large", "the noise is over 2^26 grid steps", remedy="Raise grid_step."
-        )
+        remedy = "Raise grid_step."
+        raise UsageError("privacy.noise-large", "the noise is over 2^26 grid steps", remedy=remedy)
     return variance
 
 

@@ -17,10 +17,9 @@ _CANONICAL: Final = re.compile(r"(0|[1-9][0-9]{0,19})(\.[0-9]{0,39}[1-9])?")
 
 
 def fraction_of(text: str) -> Fraction:
-    """The rational that a canonical decimal string names, in [0, 10^20).
+    """The rational that a canonical decimal string names, in [0, 10^20). Raises UsageError.
 
     Guarantee: decimal_text_is_canonical - "1.0", "01", "1e3", "+1", "NaN" and "" are refused.
-    Raises: UsageError.
     """
     if not _CANONICAL.fullmatch(text):
         raise UsageError("privacy.decimal", "a number is not a canonical decimal string in [0, 10^20)")
@@ -39,9 +38,9 @@ def text_of(value: float) -> str:
     return text
 
 
-def text_down(value: Fraction, places: int = 12) -> str:
-    """``value`` >= 0 as canonical text, rounded down to ``places`` decimals."""
-    return _scaled(math.floor(value * 10**places), places)
+def exact(value: float) -> Fraction:
+    """The rational that ``text_of`` names: the decimal number that a person wrote, not the nearest double."""
+    return fraction_of(text_of(value))
 
 
 def text_up(value: Fraction, places: int) -> str:

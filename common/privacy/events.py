@@ -6,7 +6,8 @@ kind and refused for the others; a claim that can be recomputed (Delta_g, z_t, z
 the other fields give, so an event cannot state a privacy that its own noise does not have.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from common.errors import UsageError
 from common.privacy import clipping
 from common.privacy.decimals import fraction_of
+from common.privacy.noise import LARGEST_VARIANCE
 
 MANY: Final = 2**53 - 1
 BETA: Final = "0.000000000000000000000000827181"
@@ -23,30 +25,11 @@ BETA: Final = "0.000000000000000000000000827181"
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TaskName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
+Many = Annotated[int, Field(ge=1, le=MANY)]
+Few = Annotated[int, Field(ge=1, le=65535)]
 DecimalText = Annotated[str, Field(max_length=64)]
 State = Literal["reserved", "charged", "released"]
 Reason = Literal["", "approved", "denied", "paused", "contract_holds", "retry", "no_upload"]
-
-_MECHANISM: Final = (
-    "mode",
-    "sampling",
-    "q",
-    "steps",
-    "dim",
-    "clip_norm",
-    "grid_step",
-    "eta",
-    "arith",
-    "noise",
-    "delta_g",
-    "s_g_squared",
-    "members",
-    "u_size",
-    "t",
-    "z_t",
-    "z_w",
-    "beta",
-)
 
 
 class Event(BaseModel):
@@ -87,17 +70,17 @@ class Event(BaseModel):
     mode: Literal["local", "shared-noise"] | None = None
     sampling: Literal["poisson", "full"] | None = None
     q: DecimalText | None = None
-    steps: Annotated[int, Field(ge=1, le=MANY)] | None = None
-    dim: Annotated[int, Field(ge=1, le=MANY)] | None = None
+    steps: Many | None = None
+    dim: Many | None = None
     clip_norm: Annotated[DecimalText | None, Field(alias="C")] = None
     grid_step: Annotated[DecimalText | None, Field(alias="step")] = None
     eta: DecimalText | None = None
     arith: Literal["f64_bounded", "f32_assumed"] | None = None
     noise: Literal["integer", "float"] | None = None
-    delta_g: Annotated[Annotated[int, Field(ge=1, le=MANY)] | None, Field(alias="Delta_g")] = None
-    s_g_squared: Annotated[int, Field(ge=256, le=clipping.LARGEST_VARIANCE)] | None = None
-    members: Annotated[int, Field(ge=1, le=65535)] | None = None
-    u_size: Annotated[Annotated[int, Field(ge=1, le=65535)] | None, Field(alias="U_size")] = None
+    delta_g: Annotated[Many | None, Field(alias="Delta_g")] = None
+    s_g_squared: Annotated[int, Field(ge=256, le=LARGEST_VARIANCE)] | None = None
+    members: Few | None = None
+    u_size: Annotated[Few | None, Field(alias="U_size")] = None
     t: Annotated[int, Field(ge=0, le=65535)] | None = None
     z_t: DecimalText | None = None
     z_w: DecimalText | None = None
@@ -113,63 +96,63 @@ class Event(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        absent = [name for name in _MECHANISM if getattr(self, name) is None]
+        # The mechanism's fields, and only they, are absent by default.
+        mechanism = [name for name, field in type(self).model_fields.items() if field.default is None]
+        absent = [name for name in mechanism if getattr(self, name) is None]
         if self.kind != "sum":
-            if len(absent) != len(_MECHANISM):
+            if absent != mechanism:
                 raise ValueError(f"an event of kind {self.kind} has no mechanism fields")
             return self
         if absent:
             raise ValueError(f"an event of kind sum needs {', '.join(absent)}")
         try:
-            self._check_mechanism()
+            broken = next((rule for holds, rule in self._rules() if not holds), "")
         except UsageError as error:
             raise ValueError(error.problem) from error
+        if broken:
+            raise ValueError(broken)
         return self
 
-    def _check_mechanism(self) -> None:
-        mechanism = self.mechanism
-        q = mechanism.q
-        if self.round < 1:
-            raise ValueError("rounds count from 1")
-        if not 0 < q <= 1 or (self.sampling == "full") != (q == 1):
-            raise ValueError("q must be 1 for full and inside (0, 1) for poisson sampling")
-        if not mechanism.t < mechanism.u_size <= mechanism.members:
-            raise ValueError("t must be below U_size, U_size at most members")
-        sharers = mechanism.sharers
-        if self.mode == "shared-noise" and sharers < 2:
-            raise ValueError("shared noise needs U_size - t >= 2")
-        eta = mechanism.eta
-        if not 0 < eta <= clipping.ETA_LIMIT or (self.arith == "f32_assumed" and eta != clipping.ETA_LIMIT):
-            raise ValueError("eta must be in (0, 0.001], and 0.001 for f32_assumed")
-        clipping.check_grid(mechanism.clip_norm, mechanism.grid_step, mechanism.dim)
-        delta_g = clipping.grid_sensitivity(mechanism.clip_norm, mechanism.grid_step, mechanism.dim, eta)
-        if mechanism.delta_g != delta_g:
-            raise ValueError("Delta_g is not what C, step, eta and dim give")
-        variance = mechanism.s_g_squared
-        if mechanism.z_t_text != clipping.z_threshold(variance, delta_g, sharers):
-            raise ValueError("z_t is not what s_g and Delta_g give")
-        if mechanism.z_w_text != clipping.z_worst(variance, delta_g):
-            raise ValueError("z_w is not what s_g and Delta_g give")
-        if not mechanism.z_w > 0 or not mechanism.z_t > 0:
-            raise ValueError("z must be positive")
-        if not fraction_of(BETA) <= mechanism.beta < 1:
-            raise ValueError("beta must be at least 2^-80")
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        """Whether each rule between the fields holds, and its text."""
+        m = self.mechanism
+        yield self.round >= 1, "rounds count from 1"
+        rate = 0 < m.q <= 1 and (self.sampling == "full") == (m.q == 1)
+        yield rate, "q must be 1 for full and inside (0, 1) for poisson sampling"
+        yield m.t < m.u_size <= m.members, "t must be below U_size, U_size at most members"
+        yield self.mode != "shared-noise" or m.sharers >= 2, "shared noise needs U_size - t >= 2"
+        eta = 0 < m.eta <= clipping.ETA_LIMIT and (self.arith != "f32_assumed" or m.eta == clipping.ETA_LIMIT)
+        yield eta, "eta must be in (0, 0.001], and 0.001 for f32_assumed"
+        clipping.check_grid(m.clip_norm, m.grid_step, m.dim)
+        delta_g = clipping.grid_sensitivity(m.clip_norm, m.grid_step, m.dim, m.eta)
+        yield m.delta_g == delta_g, "Delta_g is not what C, step, eta and dim give"
+        z_t = clipping.z_threshold(m.s_g_squared, delta_g, m.sharers)
+        yield self.z_t == z_t, "z_t is not what s_g and Delta_g give"
+        z_w = clipping.z_worst(m.s_g_squared, delta_g)
+        yield self.z_w == z_w, "z_w is not what s_g and Delta_g give"
+        yield m.z_w > 0 and m.z_t > 0, "z must be positive"
+        yield fraction_of(BETA) <= m.beta < 1, "beta must be at least 2^-80"
 
     @property
     def mechanism(self) -> "Mechanism":
         """The mechanism's fields as exact numbers. Raises UsageError unless the kind is ``sum``."""
-        return Mechanism(self)
+        found = {field.name: (field.type, getattr(self, field.name)) for field in fields(Mechanism)}
+        if any(value is None for _, value in found.values()):
+            raise UsageError("privacy.event-kind", "this event has no mechanism")
+        exact: dict[str, Any] = {
+            name: fraction_of(v) if kind is Fraction else v for name, (kind, v) in found.items()
+        }
+        return Mechanism(**exact)
 
     def to_fields(self) -> dict[str, str | int]:
-        """The fields under their names on disk; absent ones are left out."""
+        """The fields under their names on disk, without absent ones."""
         return self.model_dump(exclude_none=True)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
-        """Read ``to_fields`` back, strictly.
+        """Read ``to_fields`` back, strictly. Raises UsageError naming the field and the rule, never a value.
 
         Guarantee: events_survive_the_ledger - from_fields(to_fields(x)) == x.
-        Raises: UsageError naming the field and the rule, never a value.
         """
         try:
             return cls.model_validate(dict(fields), by_alias=True, by_name=False)
@@ -183,62 +166,29 @@ class Event(BaseModel):
         return type(self).from_fields({**self.to_fields(), "state": state, "reason": reason})
 
 
+@dataclass(frozen=True, slots=True)
 class Mechanism:
     """The mechanism of an event of kind ``sum``: present, typed, exact.
 
     z_t, z_w are noise multipliers (standard deviation over sensitivity) of one step; q, eta, beta ratios.
     """
 
-    __slots__ = (
-        "beta",
-        "clip_norm",
-        "delta_g",
-        "dim",
-        "eta",
-        "grid_step",
-        "members",
-        "mode",
-        "q",
-        "s_g_squared",
-        "sampling",
-        "steps",
-        "t",
-        "u_size",
-        "z_t",
-        "z_t_text",
-        "z_w",
-        "z_w_text",
-    )
-
-    def __init__(self, event: Event) -> None:
-        def integer(value: int | None) -> int:
-            if value is None:
-                raise UsageError("privacy.event-kind", "this event has no mechanism")
-            return value
-
-        def text(value: str | None) -> str:
-            if value is None:
-                raise UsageError("privacy.event-kind", "this event has no mechanism")
-            return value
-
-        self.mode = text(event.mode)
-        self.sampling = text(event.sampling)
-        self.q = fraction_of(text(event.q))
-        self.steps = integer(event.steps)
-        self.dim = integer(event.dim)
-        self.clip_norm = fraction_of(text(event.clip_norm))
-        self.grid_step = fraction_of(text(event.grid_step))
-        self.eta = fraction_of(text(event.eta))
-        self.delta_g = integer(event.delta_g)
-        self.s_g_squared = integer(event.s_g_squared)
-        self.members = integer(event.members)
-        self.u_size = integer(event.u_size)
-        self.t = integer(event.t)
-        self.z_t_text = text(event.z_t)
-        self.z_w_text = text(event.z_w)
-        self.z_t = fraction_of(self.z_t_text)
-        self.z_w = fraction_of(self.z_w_text)
-        self.beta = fraction_of(text(event.beta))
+    mode: str
+    sampling: str
+    q: Fraction
+    steps: int
+    dim: int
+    clip_norm: Fraction
+    grid_step: Fraction
+    eta: Fraction
+    delta_g: int
+    s_g_squared: int
+    members: int
+    u_size: int
+    t: int
+    z_t: Fraction
+    z_w: Fraction
+    beta: Fraction
 
     @property
     def sharers(self) -> int:
@@ -253,6 +203,3 @@ class Mechanism:
     def slack(self) -> Fraction:
         """d T |U| beta: total variation that the sampler may be off by, over the whole event."""
         return self.dim * self.steps * self.u_size * self.beta
-
-
-__all__ = ["BETA", "Event", "Mechanism", "Reason", "State"]

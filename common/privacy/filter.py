@@ -8,27 +8,18 @@ decision and the charge.
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from common.errors import RefusedError, UsageError
-from common.privacy.accountant import (
-    EXACT,
-    UNITS,
-    Term,
-    View,
-    check_delta,
-    event_units,
-    rho_units,
-    sampler_slack,
-    smallest_noise,
-)
-from common.privacy.decimals import fraction_of, text_of
+from common.privacy import accountant
+from common.privacy.accountant import EXACT, UNITS, View, check_delta
+from common.privacy.decimals import exact
 from common.privacy.events import Event
 
 ORDERS: Final = (3, 4, 6, 10, 20, 40)
@@ -77,32 +68,23 @@ class Verdict:
     reason: Reason
 
 
-class _Totals:
+class _Totals(NamedTuple):
     """Spent Renyi divergence per order, in units of 2^-64, and the sampler's slack."""
 
-    __slots__ = ("slack", "units")
-
-    def __init__(self, units: dict[int, int], slack: Fraction) -> None:
-        self.units = units
-        self.slack = slack
+    units: dict[int, int]
+    slack: Fraction
 
     @classmethod
     def of(cls, events: Sequence[Event], view: View) -> "_Totals":
         # Rounds of one study are alike: count them by their texts, do the arithmetic once for each kind.
-        samples: dict[tuple[object, ...], Event] = {}
-        counts: Counter[tuple[object, ...]] = Counter()
-        for event in events:
-            if event.kind != "declared":
-                z = event.z_t if view == "t" else event.z_w
-                key = (event.q, z, event.steps, event.dim, event.u_size, event.beta)
-                samples[key] = event
-                counts[key] += 1
-        units = {
-            order: sum(count * event_units(samples[key], order, view) for key, count in counts.items())
-            for order in ORDERS
-        }
-        slack = sum((count * samples[key].mechanism.slack for key, count in counts.items()), Fraction(0))
-        return cls(units, slack)
+        alike: defaultdict[tuple[object, ...], list[Event]] = defaultdict(list)
+        for e in events:
+            if e.kind != "declared":
+                z = e.z_t if view == "t" else e.z_w
+                alike[e.q, z, e.steps, e.dim, e.u_size, e.beta].append(e)
+        kinds = [(same[0], len(same)) for same in alike.values()]
+        units = {a: sum(n * accountant.event_units(event, a, view) for event, n in kinds) for a in ORDERS}
+        return cls(units, sum((n * event.mechanism.slack for event, n in kinds), Fraction(0)))
 
     def plus(self, other: "_Totals", times: int = 1) -> "_Totals":
         units = {order: self.units[order] + times * other.units[order] for order in ORDERS}
@@ -110,11 +92,8 @@ class _Totals:
 
     def fit(self, epsilon: Fraction, delta: Fraction) -> bool:
         """Whether for some order the total is within B(a)."""
-        return any(
-            bound is not None and self.units[order] <= bound
-            for order in ORDERS
-            for bound in (bound_units(epsilon, delta, self.slack, order),)
-        )
+        bounds = {order: bound_units(epsilon, delta, self.slack, order) for order in ORDERS}
+        return any(bound is not None and self.units[order] <= bound for order, bound in bounds.items())
 
 
 @lru_cache(maxsize=4096)
@@ -142,6 +121,13 @@ def _decimal(value: Fraction) -> Decimal:
     return Decimal(value.numerator) / Decimal(value.denominator)
 
 
+def _check_register(candidate: Event, history: Sequence[Event]) -> None:
+    if any(event.register_id != candidate.register_id for event in history):
+        problem = "events of different registers have no common budget"
+        remedy = "Charge a study to the register that its data source names."
+        raise RefusedError("privacy.register", problem, remedy=remedy)
+
+
 def admits(charged: Sequence[Event], candidate: Event, cap: Cap, reserved: Sequence[Event] = ()) -> Verdict:
     """Whether ``candidate`` may be charged to the register that ``charged`` is the whole history of.
 
@@ -160,22 +146,18 @@ def admits(charged: Sequence[Event], candidate: Event, cap: Cap, reserved: Seque
     if any(event.kind == "no_dp" for event in everything):
         return Verdict(False, math.inf, math.inf, "no_dp")
     reason = _refusal(history, candidate, cap)
-    return Verdict(
-        reason == "", odometer(everything, cap.delta, "t"), odometer(everything, cap.delta, "w"), reason
-    )
+    odometer_t, odometer_w = (odometer(everything, cap.delta, view) for view in VIEWS)
+    return Verdict(reason == "", odometer_t, odometer_w, reason)
 
 
 def _refusal(history: Sequence[Event], candidate: Event, cap: Cap) -> Reason:
     if any(event.event_id == candidate.event_id for event in history):
         return "charged_already"
     if candidate.kind == "declared":
-        same = (candidate.manifest_digest, candidate.reason)
-        repeated = any(
-            event.kind == "declared" and (event.manifest_digest, event.reason) == same for event in history
-        )
-        return "declared_already" if repeated else ""
+        past = {(event.manifest_digest, event.reason) for event in history if event.kind == "declared"}
+        return "declared_already" if (candidate.manifest_digest, candidate.reason) in past else ""
     everything = (*history, candidate)
-    if cap.epsilon_w is None and any(event.kind == "sum" and event.mode != "local" for event in everything):
+    if _lacks_epsilon_w(everything, cap):
         return "no_epsilon_w"
     for view in VIEWS:
         if not _fits_cap(_Totals.of(everything, view), cap, view):
@@ -183,22 +165,13 @@ def _refusal(history: Sequence[Event], candidate: Event, cap: Cap) -> Reason:
     return ""
 
 
+def _lacks_epsilon_w(events: Sequence[Event], cap: Cap) -> bool:
+    return cap.epsilon_w is None and any(e.kind == "sum" and e.mode != "local" for e in events)
+
+
 def _fits_cap(totals: _Totals, cap: Cap, view: View) -> bool:
     epsilon = cap.epsilon(view)
-    return epsilon is None or totals.fit(_exact(epsilon), _exact(cap.delta))
-
-
-def _exact(value: float) -> Fraction:
-    return fraction_of(text_of(value))
-
-
-def _check_register(candidate: Event, history: Sequence[Event]) -> None:
-    if any(event.register_id != candidate.register_id for event in history):
-        raise RefusedError(
-            "privacy.register",
-            "events of different registers have no common budget",
-            remedy="Charge a study to the register that its data source names.",
-        )
+    return epsilon is None or totals.fit(exact(epsilon), exact(cap.delta))
 
 
 def odometer(events: Sequence[Event], delta: float, view: View) -> float:
@@ -214,7 +187,7 @@ def odometer(events: Sequence[Event], delta: float, view: View) -> float:
     totals = _Totals.of(events, view)
     if not any(totals.units.values()):
         return 0.0
-    exact_delta = _exact(delta)
+    exact_delta = exact(delta)
     needed = min(_needed(totals, exact_delta, order) for order in ORDERS)
     if needed > _LARGEST_EPSILON:
         return math.inf
@@ -258,9 +231,7 @@ def rounds_left(charged: Sequence[Event], event: Event, cap: Cap, reserved: Sequ
         raise UsageError("privacy.event-kind", "only rounds of kind sum can be counted")
     if any(past.kind == "no_dp" for past in history):
         return 0
-    if cap.epsilon_w is None and any(
-        past.kind == "sum" and past.mode != "local" for past in (*history, event)
-    ):
+    if _lacks_epsilon_w((*history, event), cap):
         return 0
     spent = {view: _Totals.of(history, view) for view in VIEWS}
     each = {view: _Totals.of((event,), view) for view in VIEWS}
@@ -296,13 +267,16 @@ def noise_for_filter(
     if rounds < 1 or steps_total < 1 or steps_total % rounds:
         raise UsageError("privacy.rounds", "steps_total must be a positive multiple of rounds")
     cap = Cap(epsilon, epsilon, delta)
-    q = _exact(sampling_rate)
+    q = exact(sampling_rate)
     if not 0 < q <= 1:
         raise UsageError("privacy.rate", "a sampling rate must be in (0, 1]")
-    slack = sampler_slack(dim, steps_total, members)
+    slack = accountant.sampler_slack(dim, steps_total, members)
 
     def fits(z: Fraction) -> bool:
-        units = {order: rounds * rho_units(Term(q, z, steps_total // rounds), order) for order in ORDERS}
+        units = {
+            order: rounds * accountant.rho_units(accountant.Term(q, z, steps_total // rounds), order)
+            for order in ORDERS
+        }
         return _fits_cap(_Totals(units, slack), cap, "t")
 
-    return smallest_noise(fits)
+    return accountant.smallest_noise(fits)

@@ -5,17 +5,18 @@ grid, gets discrete Gaussian noise, and is a release; every optimiser step is on
 nothing else can make, may be sent; what is charged is planned from public constants before any row is read.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, NoReturn, Protocol, TypeAlias
+from typing import Final, Literal, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import FailureError, RefusedError, UsageError
 from common.privacy import clipping
-from common.privacy.decimals import fraction_of, text_of, text_up
+from common.privacy.decimals import exact, fraction_of, text_of, text_up
 from common.privacy.events import BETA, Event
 from common.privacy.noise import coins, discrete_gaussian
 
@@ -58,30 +59,22 @@ class GateParams:
             )
         if self.sampling not in ("full", "poisson") or self.arithmetic not in ("f64_bounded", "f32_assumed"):
             raise UsageError("privacy.gate", "sampling or arithmetic is unknown")
-        rate = fraction_of(text_of(self.rate))
+        rate = exact(self.rate)
         if not 0 < rate <= 1 or (self.sampling == "full") != (rate == 1):
-            raise UsageError(
-                "privacy.rate", "the sampling rate must be 1 for full and inside (0, 1) for poisson sampling"
-            )
+            problem = "the sampling rate must be 1 for full and inside (0, 1) for poisson sampling"
+            raise UsageError("privacy.rate", problem)
         if self.steps < 1:
             raise UsageError("privacy.steps", "a round needs at least one step")
-        clipping.check_grid(self._clip, self._step, self.dim)
-        if self.max_patients * self._clip / self._step > _EXACT_INTEGERS:
+        clip, step = exact(self.clip_norm), exact(self.grid_step)
+        clipping.check_grid(clip, step, self.dim)
+        if self.max_patients * clip / step > _EXACT_INTEGERS:
             raise UsageError("privacy.grid-step", "sums leave the exact integers", remedy="Raise grid_step.")
         _ = self.variance
 
     @property
-    def _clip(self) -> Fraction:
-        return fraction_of(text_of(self.clip_norm))
-
-    @property
-    def _step(self) -> Fraction:
-        return fraction_of(text_of(self.grid_step))
-
-    @property
     def q(self) -> Fraction:
         """Probability that a patient takes part in one step, exact."""
-        return fraction_of(text_of(self.rate))
+        return exact(self.rate)
 
     @property
     def eta(self) -> str:
@@ -91,12 +84,13 @@ class GateParams:
     @property
     def delta_g(self) -> int:
         """Sensitivity in grid units."""
-        return clipping.grid_sensitivity(self._clip, self._step, self.dim, fraction_of(self.eta))
+        clip, step = exact(self.clip_norm), exact(self.grid_step)
+        return clipping.grid_sensitivity(clip, step, self.dim, fraction_of(self.eta))
 
     @property
     def variance(self) -> int:
         """s_g^2: variance of the integer noise on each coordinate, in squared grid units."""
-        return clipping.noise_variance(fraction_of(text_of(self.noise_multiplier)), self.delta_g)
+        return clipping.noise_variance(exact(self.noise_multiplier), self.delta_g)
 
     @property
     def limit(self) -> float:
@@ -133,7 +127,6 @@ def plan_event(
     reserved at the largest cohort, U_size = members. Raises: UsageError through ``Event``.
     """
     fields: dict[str, str | int] = {
-        "schema": 1,
         "event_id": event_id,
         "register_id": register_id,
         "manifest_digest": manifest_digest if isinstance(manifest_digest, str) else manifest_digest.hex(),
@@ -141,10 +134,7 @@ def plan_event(
         "round": round,
         "attempt": attempt,
         "kind": "no_dp",
-        "unit": "patient",
-        "adjacency": "add_remove",
         "state": "charged",
-        "reason": "",
     }
     if isinstance(params, GateParams):
         fields |= {
@@ -202,32 +192,24 @@ class Release:
         return self._q
 
 
-class Gate(Protocol):
+class Gate(ABC):
     """What training sees: coins, then a step, as often as the manifest says, then one release."""
-
-    def coins(self, n_patients: int) -> NDArray[np.bool_]:
-        """Which of this hospital's patients take part in the next step, bool [n_patients]."""
-        ...
-
-    def step(self, clipped_sum: Vector) -> Vector:
-        """Release one sum of clipped contributions, float64 [dim], to the optimiser."""
-        ...
-
-    def finish(self, delta: Vector, quantise: Quantise) -> Release:
-        """The last iterate's change, float64 [dim], as a release; at most once."""
-        ...
-
-
-class _Counted:
-    """The count of steps and the single exit that both gates share."""
 
     __slots__ = ("_dim", "_done", "_finished", "_steps")
 
-    def __init__(self, dim: int, steps: int) -> None:
-        self._dim = dim
-        self._steps = steps
+    def __init__(self, params: GateParams | PlainParams) -> None:
+        self._dim = params.dim
+        self._steps = params.steps
         self._done = 0
         self._finished = False
+
+    @abstractmethod
+    def coins(self, n_patients: int) -> NDArray[np.bool_]:
+        """Which of this hospital's patients take part in the next step, bool [n_patients]."""
+
+    @abstractmethod
+    def step(self, clipped_sum: Vector) -> Vector:
+        """Release one sum of clipped contributions, float64 [dim], to the optimiser."""
 
     def _check(self, vector: Vector, what: str) -> Vector:
         if self._finished:
@@ -251,21 +233,18 @@ class _Counted:
         quantiser does not give int64 [dim].
         """
         if self._done != self._steps:
-            raise RefusedError(
-                "privacy.gate-steps",
-                f"{self._done} of {self._steps} charged steps were done before the release",
-            )
+            problem = f"{self._done} of {self._steps} charged steps were done before the release"
+            raise RefusedError("privacy.gate-steps", problem)
         self._check(delta, "change of the model")
         self._finished = True
         q = quantise(delta)
         if not isinstance(q, np.ndarray) or q.dtype != np.int64 or q.shape != (self._dim,):
-            raise FailureError(
-                "privacy.gate-quantiser", f"the quantiser must give int64 of shape ({self._dim},)"
-            )
+            problem = f"the quantiser must give int64 of shape ({self._dim},)"
+            raise FailureError("privacy.gate-quantiser", problem)
         return Release(q, token=_TOKEN)
 
 
-class LocalGate(_Counted):
+class LocalGate(Gate):
     """The gate of ``local``: full noise on every step, from one entropy source, for one round.
 
     ``entropy(n)`` gives n uniformly random bytes; product code passes os.urandom.
@@ -279,7 +258,7 @@ class LocalGate(_Counted):
     __slots__ = ("_entropy", "_params", "_tossed", "_variance")
 
     def __init__(self, params: GateParams, entropy: Entropy) -> None:
-        super().__init__(params.dim, params.steps)
+        super().__init__(params)
         self._params = params
         self._variance = params.variance
         self._entropy = entropy
@@ -291,11 +270,9 @@ class LocalGate(_Counted):
         Raises: RefusedError for more patients than the public bound, or a second toss for one step.
         """
         if not 0 <= n_patients <= self._params.max_patients:
-            raise RefusedError(
-                "privacy.max-patients",
-                "this hospital has more patients than the manifest's max_patients",
-                remedy="Ask the coordinator for a study with a higher max_patients.",
-            )
+            problem = "this hospital has more patients than the manifest's max_patients"
+            remedy = "Ask the coordinator for a study with a higher max_patients."
+            raise RefusedError("privacy.max-patients", problem, remedy=remedy)
         if self._params.sampling == "full":
             return np.ones(n_patients, dtype=np.bool_)
         if self._tossed:
@@ -320,13 +297,13 @@ class LocalGate(_Counted):
         return released
 
 
-class PlainGate(_Counted):
+class PlainGate(Gate):
     """The gate of a study without differential privacy: counts steps, adds nothing."""
 
     __slots__ = ()
 
     def __init__(self, params: PlainParams) -> None:
-        super().__init__(params.dim, params.steps)
+        super().__init__(params)
 
     def coins(self, n_patients: int) -> NDArray[np.bool_]:
         """All True, bool [n_patients]."""

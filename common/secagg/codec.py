@@ -7,7 +7,7 @@ ending with a constant 1 in plain units.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -21,6 +21,7 @@ CHUNK_BYTES: Final = 1 << 20
 SCALAR_BITS: Final = 64
 
 Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
+Integers: TypeAlias = NDArray[np.signedinteger[Any]]
 Vector: TypeAlias = Literal["params", "scalars"]
 
 
@@ -47,28 +48,22 @@ class Layout:
         return (self.parameters + 1) * self.bits // 8
 
     @property
-    def scalars_bytes(self) -> int:
-        """Bytes of the scalar vector with its trailing 1."""
-        return (self.scalars + 1) * SCALAR_BITS // 8
-
-    @property
     def payload_bytes(self) -> int:
-        """Bytes of a payload."""
-        return self.params_bytes + self.scalars_bytes
+        """Bytes of a payload: both vectors, each with its trailing 1."""
+        return self.params_bytes + (self.scalars + 1) * SCALAR_BITS // 8
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """The chunks in order: 1 MiB each, starting anew at the scalars, the last of each vector shorter."""
-        return tuple(self._spans())
-
-    def _spans(self) -> Iterator[Span]:
         vectors: tuple[tuple[Vector, int, int, int], ...] = (
             ("params", 0, self.params_bytes, self.bits // 8),
             ("scalars", self.params_bytes, self.payload_bytes, SCALAR_BITS // 8),
         )
-        for vector, start, stop, word_bytes in vectors:
-            for at in range(start, stop, CHUNK_BYTES):
-                yield Span(vector, at, min(at + CHUNK_BYTES, stop), (at - start) // word_bytes)
+        return tuple(
+            Span(vector, at, min(at + CHUNK_BYTES, stop), (at - start) // word_bytes)
+            for vector, start, stop, word_bytes in vectors
+            for at in range(start, stop, CHUNK_BYTES)
+        )
 
 
 def fits(cohort: int, bits: int, step: float, limit: float, noise_variance: int = 0) -> bool:
@@ -117,8 +112,8 @@ def quantise(
     return scaled.astype(np.int64)
 
 
-def dequantise(total: NDArray[np.int64], step: float) -> NDArray[np.float64]:
-    """int64[n] in grid steps to float64[n] in units of a parameter."""
+def dequantise(total: Integers, step: float) -> NDArray[np.float64]:
+    """Integers [n] in grid steps to float64[n] in units of a parameter."""
     return total.astype(np.float64) * step
 
 
@@ -139,8 +134,8 @@ def with_one(words: Words) -> Words:
     return np.concatenate([words, np.ones(1, dtype=words.dtype)])
 
 
-def from_words(words: Words) -> NDArray[np.int64]:
-    """Two's complement words of 16, 32 or 64 bits to int64. Raises VerificationError for another dtype."""
+def from_words(words: Words) -> Integers:
+    """The words' own memory as signed integers of 16, 32 or 64 bits. Raises VerificationError otherwise."""
     if words.dtype.kind != "u" or words.dtype.itemsize not in (2, 4, 8):
         raise VerificationError("codec.dtype", "words have 16, 32 or 64 bits")
-    return words.view(f"<i{words.dtype.itemsize}").astype(np.int64)
+    return words.view(f"<i{words.dtype.itemsize}")

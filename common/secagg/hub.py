@@ -67,10 +67,12 @@ class Setup:
 class HubSetup:
     """Collect S1, publish S2, pass on S3 and S4. May be driven again from the start: sites answer the same.
 
+    ``directory`` is one that was published before: a run has one only, also after a restart of the hub.
+
     Raises: VerificationError, RefusedError; after either the machine is as it was.
     """
 
-    def __init__(self, params: RunParams) -> None:
+    def __init__(self, params: RunParams, directory: Directory | None = None) -> None:
         check_params(params, outsiders_only=True)
         self._params = params
         self._announced: dict[int, KeyAnnounce] = {}
@@ -78,6 +80,10 @@ class HubSetup:
         self._dirh = b""
         self._seeds: dict[tuple[int, int], PairSeed] = {}
         self._confirms: dict[int, Confirm] = {}
+        if directory is not None:
+            for entry in directory.entries:
+                self.on_announce(entry.id, entry)
+            self.directory()
 
     @property
     def listed(self) -> tuple[int, ...]:
@@ -227,6 +233,10 @@ class HubRound:
         """Hospitals that are ready, ascending."""
         with self._lock:
             return tuple(sorted(self._ready))
+
+    def possible(self) -> tuple[int, ...]:
+        """The cohort there would be if no other hospital became ready, ascending."""
+        return self._setup.cohort_among(self.ready_ids())
 
     def missing_ready(self) -> tuple[int, ...]:
         """Hospitals of the Directory that are not ready, ascending."""

@@ -72,27 +72,21 @@ class Joining(Machine):
 
     def _check_directory(self, directory: Directory) -> None:
         state, params = self._state, self._params
-        ids = [entry.id for entry in directory.entries]
+        entries = directory.entries
+        ids = [entry.id for entry in entries]
         self._require(ids == sorted(set(ids)), "directory.order", "a directory is in ascending order of id")
         self._require(set(ids) <= set(params.members), "directory.stranger", "a directory lists members only")
-        self._require(
-            len(ids) >= params.m, "directory.small", f"a directory lists at least {params.m} members"
-        )
-        for entry in directory.entries:
+        problem = f"a directory lists at least {params.m} members"
+        self._require(len(ids) >= params.m, "directory.small", problem)
+        for entry in entries:
             self._require(entry.man == state.man, "directory.run", "an announcement is for another run")
             self._check_signature(entry, entry.id)
-        own = [entry for entry in directory.entries if entry.id == state.me]
-        self._require(
-            own == [state.announce] and state.announce is not None,
-            "directory.own",
-            "the directory does not hold the keys that this hospital announced",
-        )
-        for values in (
-            [entry.mlkem for entry in directory.entries],
-            [entry.x25519 for entry in directory.entries],
-        ):
+        own = [entry for entry in entries if entry.id == state.me]
+        problem = "the directory does not hold the keys that this hospital announced"
+        self._require(own == [state.announce] and state.announce is not None, "directory.own", problem)
+        for announced in ({entry.mlkem for entry in entries}, {entry.x25519 for entry in entries}):
             self._require(
-                len(set(values)) == len(values), "directory.duplicate", "two hospitals announced one key"
+                len(announced) == len(ids), "directory.duplicate", "two hospitals announced one key"
             )
 
     def on_pair_seeds(self, seeds: Sequence[PairSeed]) -> Confirm:
@@ -132,17 +126,14 @@ class Joining(Machine):
 
     def _check_seed(self, seed: PairSeed) -> None:
         state = self._state
-        self._require(
-            seed.man == state.man and seed.dirh == state.dirh, "seed.run", "a sealed seed is for another run"
-        )
-        self._require(
-            seed.i < seed.j and state.me in (seed.i, seed.j), "seed.pair", "a sealed seed is not for here"
-        )
+        same = seed.man == state.man and seed.dirh == state.dirh
+        self._require(same, "seed.run", "a sealed seed is for another run")
+        own = seed.i < seed.j and state.me in (seed.i, seed.j)
+        self._require(own, "seed.pair", "a sealed seed is not for here")
         sender = sender_of(seed.i, seed.j)
         self._require(sender != state.me, "seed.sender", "a sealed seed comes from the wrong one of the pair")
-        self._require(
-            sender in state.listed, "seed.stranger", "a sealed seed comes from outside the directory"
-        )
+        listed = sender in state.listed
+        self._require(listed, "seed.stranger", "a sealed seed comes from outside the directory")
         self._check_signature(seed, sender)
 
     def on_confirms(self, confirms: Sequence[Confirm]) -> frozenset[int]:
@@ -156,14 +147,10 @@ class Joining(Machine):
         state = self._running()
         self._require(bool(state.dirh), "setup.order", "there is no directory yet")
         for confirm in confirms:
-            self._require(
-                confirm.id in state.listed and confirm.id != state.me,
-                "confirm.stranger",
-                "a confirmation comes from outside the directory",
-            )
-            self._require(
-                confirm.dirh == state.dirh, "confirm.run", "a confirmation is for another directory"
-            )
+            peer = confirm.id in state.listed and confirm.id != state.me
+            self._require(peer, "confirm.stranger", "a confirmation comes from outside the directory")
+            same = confirm.dirh == state.dirh
+            self._require(same, "confirm.run", "a confirmation is for another directory")
             self._check_signature(confirm, confirm.id)
         if state.index:
             return frozenset(state.accepted)
@@ -171,13 +158,10 @@ class Joining(Machine):
         for confirm in confirms:
             key = pair_keys.get(confirm.id)
             for tag in (tag for peer, tag in confirm.tags if peer == state.me):
-                right = key is not None and hmac.compare_digest(
-                    tag, keys.confirm_tag(key, state.dirh, confirm.id, state.me)
-                )
-                (accepted if right else self._disputed).add(confirm.id)
+                due = keys.confirm_tag(key, state.dirh, confirm.id, state.me) if key else b""
+                (accepted if hmac.compare_digest(tag, due) else self._disputed).add(confirm.id)
         if accepted != set(state.accepted):
-            complete = accepted == set(state.listed) - {state.me}
-            setup = None if complete else state.setup
+            setup = None if accepted == set(state.listed) - {state.me} else state.setup
             self._commit(replace(state, accepted=tuple(sorted(accepted)), setup=setup))
         return frozenset(self._state.accepted)
 

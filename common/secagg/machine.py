@@ -19,12 +19,9 @@ R = TypeVar("R", bound=Record)
 
 
 class Machine:
-    """The state of one hospital in one run, and how it changes.
+    """The state of one hospital in one run, and how it changes; the arguments are told at ``Site``.
 
-    ``persist`` makes a state durable before it returns; ``entropy`` is the OS source in the product;
-    ``sign`` signs with the protocol key of ``params.me``. With ``state`` None the hospital joins for the
-    first time, which it may do once for a manifest: one that has a stored state uses ``restore``.
-    ``outsiders_only`` is the hospital's own policy and alone admits t = 0. One caller at a time.
+    ``outsiders_only`` is the hospital's own policy and alone admits t = 0.
     """
 
     def __init__(
@@ -104,22 +101,14 @@ class Machine:
 
         Guarantee: a_closed_run_holds_no_secret - neither stored nor in memory, and answers nothing.
         """
-        state = self._state
-        if not state.closed:
-            state = RunState(
-                state.man, state.me, closed=True, round=state.round, model_digest=state.model_digest
-            )
-        self._state = state
+        self._state = self._state.ended()
         self._forget()
-        self._persist(state)
+        self._persist(self._state)
 
     def _check_state(self) -> None:
         state, params = self._state, self._params
-        self._require(
-            state.man == params.man and state.me == params.me,
-            "state.run",
-            "the stored state is of another run",
-        )
+        same = state.man == params.man and state.me == params.me
+        self._require(same, "state.run", "the stored state is of another run")
         header = state.header
         if header is not None:
             digests = chunk_digests(state.payload, params.layout)

@@ -26,8 +26,6 @@ _ZEROS: Final = bytes(BLOCK_BYTES)
 def apply_keystreams(words: Words, added: Sequence[bytes], subtracted: Sequence[bytes] = ()) -> None:
     """Add and subtract, in place, the keystreams of AES keys (32 bytes each) to contiguous words.
 
-    All streams of a block are applied while it is in the cache.
-
     Guarantee: masks_cancel - adding and subtracting one key leaves the words as they were.
     Raises: VerificationError for words or keys of another shape.
     """
@@ -43,6 +41,7 @@ def apply_keystreams(words: Words, added: Sequence[bytes], subtracted: Sequence[
     zeros = memoryview(_ZEROS)
     block_words = BLOCK_BYTES // words.itemsize
     for start in range(0, words.size, block_words):
+        # All streams of a block are applied while it is in the cache.
         block = words[start : start + block_words]
         mask = masks[: block.nbytes].view(block.dtype)
         for stream, operation in zip(streams, operations, strict=True):
@@ -55,14 +54,13 @@ def cohort_mask_keys(
 ) -> tuple[list[bytes], list[bytes]]:
     """The keys that ``me`` adds and subtracts for one vector: one for every other id of the cohort.
 
-    ``pair_keys`` maps a peer to the K of the round. The loop is over the cohort, so that a peer without a
-    key refuses the cohort and never goes unmasked.
-
+    ``pair_keys`` maps a peer to the K of the round.
     Guarantee: a_missing_key_refuses - a cohort with a peer that has no key is refused.
     Raises: RefusedError naming the peer.
     """
     added: list[bytes] = []
     subtracted: list[bytes] = []
+    # The loop is over the cohort, so that a peer without a key refuses it and never goes unmasked.
     for peer in ids:
         if peer == me:
             continue

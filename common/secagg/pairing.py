@@ -10,16 +10,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hpke
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.hpke import (
-    AEAD,
-    KDF,
-    KEM,
-    MLKEM768X25519PrivateKey,
-    MLKEM768X25519PublicKey,
-    Suite,
-)
 
 from common.encoding import digest, u16
 from common.errors import VerificationError
@@ -27,7 +20,7 @@ from common.secagg.records import KEY_BYTES, SEALED_SEED_BYTES
 
 MLKEM_SEED_BYTES: Final = 64
 SEED_BYTES: Final = 32
-_SUITE: Final = Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+_SUITE: Final = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +35,15 @@ class SetupKeys:
         """Fresh keys from ``entropy``."""
         return cls(fresh(entropy, MLKEM_SEED_BYTES), fresh(entropy, KEY_BYTES))
 
+    def private(self) -> tuple[MLKEM768PrivateKey, X25519PrivateKey]:
+        """The private keys of both halves."""
+        x25519 = X25519PrivateKey.from_private_bytes(self.x25519_key)
+        return MLKEM768PrivateKey.from_seed_bytes(self.mlkem_seed), x25519
+
     def public(self) -> tuple[bytes, bytes]:
         """The raw public keys: ML-KEM-768 (1184 bytes) and X25519 (32 bytes)."""
-        mlkem = MLKEM768PrivateKey.from_seed_bytes(self.mlkem_seed).public_key()
-        x25519 = X25519PrivateKey.from_private_bytes(self.x25519_key).public_key()
-        return mlkem.public_bytes_raw(), x25519.public_bytes_raw()
+        mlkem, x25519 = self.private()
+        return mlkem.public_key().public_bytes_raw(), x25519.public_key().public_bytes_raw()
 
     def __reduce__(self) -> str:
         raise TypeError("setup keys are not pickled")
@@ -77,10 +74,8 @@ def seal_seed(seed: bytes, mlkem: bytes, x25519: bytes, info: bytes) -> bytes:
     Raises: VerificationError when the announced keys are no public keys.
     """
     try:
-        key = MLKEM768X25519PublicKey(
-            MLKEM768PublicKey.from_public_bytes(mlkem), X25519PublicKey.from_public_bytes(x25519)
-        )
-        ct = _SUITE.encrypt(seed, key, info=info)
+        halves = MLKEM768PublicKey.from_public_bytes(mlkem), X25519PublicKey.from_public_bytes(x25519)
+        ct = _SUITE.encrypt(seed, hpke.MLKEM768X25519PublicKey(*halves), info=info)
     except ValueError:
         raise VerificationError("secagg.pairing.key", "an announced setup key is not a public key") from None
     if len(ct) != SEALED_SEED_BYTES:
@@ -90,10 +85,7 @@ def seal_seed(seed: bytes, mlkem: bytes, x25519: bytes, info: bytes) -> bytes:
 
 def unseal_seed(ct: bytes, keys: SetupKeys, info: bytes) -> bytes:
     """The sealed seed, 32 bytes. Raises VerificationError when it was sealed to other keys or info."""
-    key = MLKEM768X25519PrivateKey(
-        MLKEM768PrivateKey.from_seed_bytes(keys.mlkem_seed),
-        X25519PrivateKey.from_private_bytes(keys.x25519_key),
-    )
+    key = hpke.MLKEM768X25519PrivateKey(*keys.private())
     try:
         seed = _SUITE.decrypt(ct, key, info=info)
     except (InvalidTag, ValueError):

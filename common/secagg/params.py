@@ -7,7 +7,7 @@ manifest and the roster; nothing here trusts that somebody else checked them.
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -65,15 +65,6 @@ def smallest_cohort(n: int, t: int, rho: int) -> int:
     return max(3, t + 2, -(-2 * n // 3), -(-(n + t + rho + 1) // 2))
 
 
-def _require(holds: bool, code: str, problem: str) -> None:
-    if not holds:
-        raise RefusedError(
-            "secagg.params." + code,
-            problem,
-            remedy="Ask the coordinator for a manifest that keeps this rule.",
-        )
-
-
 def _whole(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
@@ -88,57 +79,46 @@ def valid_minute(text: str) -> bool:
 
 
 def check_params(params: RunParams, *, outsiders_only: bool = False) -> None:
-    """Refuse every run that a hospital must not join, whoever approved it.
+    """Refuse every run that a hospital must not join, whoever approved it. Raises RefusedError with the rule.
 
     ``outsiders_only`` is the hospital's own policy: it alone admits t = 0.
 
     Guarantee: bounds_are_refused - each bound of PROTOCOL.md, one past it.
-    Raises: RefusedError with the rule.
     """
-    n = len(params.members)
-    _require(
-        type(params.man) is bytes and len(params.man) == 32, "man", "the manifest digest must have 32 bytes"
-    )
-    _require(3 <= n <= MAX_MEMBERS, "members", f"a run has 3 to {MAX_MEMBERS} members")
-    _require(all(_whole(i, 1, 65535) for i in params.members), "members", "member ids must be 1 to 65535")
-    _require(
-        all(a < b for a, b in itertools.pairwise(params.members)),
-        "members",
-        "member ids must ascend without repetition",
-    )
-    _require(set(params.members) <= set(params.keys), "keys", "every member must be in the roster")
-    keys = [params.keys[i] for i in params.members] + [params.hub_key]
-    _require(
-        all(type(k) is bytes and len(k) == 32 for k in keys), "keys", "a protocol key must have 32 bytes"
-    )
-    _require(len(set(keys)) == n + 1, "keys", "the keys of the members and of the hub must all differ")
-    _require(
-        params.me == HUB or params.me in params.members, "me", "this hospital is not a member of the run"
-    )
-    _require(_whole(params.rho, 0, n), "rho", "rho must be a whole number from 0 to n")
-    _require(
-        _whole(params.t, 0 if outsiders_only else 1, n),
-        "t",
-        "t must be at least 1: with t = 0 one curious hospital sees through a sum",
-    )
-    bound = smallest_cohort(n, params.t, params.rho)
-    _require(_whole(params.m, bound, n), "m", f"m must be from {bound} to {n} for these n, t and rho")
-    _require(_whole(params.attempts, 1, MAX_ATTEMPTS), "attempts", f"attempts must be 1 to {MAX_ATTEMPTS}")
-    _require(_whole(params.rounds_max, 1, MAX_ROUNDS), "rounds", f"rounds_max must be 1 to {MAX_ROUNDS}")
-    _require(params.bits in (16, 32), "bits", "the codec has 16 or 32 bits")
-    _require(params.rounding in ("nearest", "dither"), "rounding", "rounding is nearest or dither")
-    _require(_whole(params.parameters, 1, MAX_WORDS), "dims", f"parameters must be 1 to {MAX_WORDS}")
-    _require(_whole(params.scalars, 0, MAX_WORDS), "dims", f"scalars must be 0 to {MAX_WORDS}")
-    _require(_positive(params.step), "step", "step must be a finite number above 0")
-    _require(_positive(params.range), "range", "range must be a finite number above 0")
-    _require(_positive(params.state_norm_bound), "norm", "the state norm bound must be finite and above 0")
-    _require(
-        all(fits(u, params.bits, params.step, params.range) for u in (params.m, n)),
-        "overflow",
-        f"{n} hospitals can overflow {params.bits} bits: range / step is too large",
-    )
-    _require(
-        type(params.expiry) is str and valid_minute(params.expiry),
-        "expiry",
-        "expiry must be YYYY-MM-DDTHH:MMZ",
-    )
+    remedy = "Ask the coordinator for a manifest that keeps this rule."
+    for holds, code, problem in _rules(params, lowest_t=0 if outsiders_only else 1):
+        if not holds:
+            raise RefusedError("secagg.params." + code, problem, remedy=remedy)
+
+
+def _rules(p: RunParams, lowest_t: int) -> Iterator[tuple[bool, str, str]]:
+    """Whether each rule holds, its code and its text; a rule is asked only when those before it hold."""
+    n = len(p.members)
+    yield type(p.man) is bytes and len(p.man) == 32, "man", "the manifest digest must have 32 bytes"
+    yield 3 <= n <= MAX_MEMBERS, "members", f"a run has 3 to {MAX_MEMBERS} members"
+    yield all(_whole(i, 1, 65535) for i in p.members), "members", "member ids must be 1 to 65535"
+    ascending = all(a < b for a, b in itertools.pairwise(p.members))
+    yield ascending, "members", "member ids must ascend without repetition"
+    yield set(p.members) <= set(p.keys), "keys", "every member must be in the roster"
+    keys = [p.keys[i] for i in p.members] + [p.hub_key]
+    yield all(type(k) is bytes and len(k) == 32 for k in keys), "keys", "a protocol key must have 32 bytes"
+    yield len(set(keys)) == n + 1, "keys", "the keys of the members and of the hub must all differ"
+    yield p.me == HUB or p.me in p.members, "me", "this hospital is not a member of the run"
+    yield _whole(p.rho, 0, n), "rho", "rho must be a whole number from 0 to n"
+    problem = "t must be at least 1: with t = 0 one curious hospital sees through a sum"
+    yield _whole(p.t, lowest_t, n), "t", problem
+    bound = smallest_cohort(n, p.t, p.rho)
+    yield _whole(p.m, bound, n), "m", f"m must be from {bound} to {n} for these n, t and rho"
+    yield _whole(p.attempts, 1, MAX_ATTEMPTS), "attempts", f"attempts must be 1 to {MAX_ATTEMPTS}"
+    yield _whole(p.rounds_max, 1, MAX_ROUNDS), "rounds", f"rounds_max must be 1 to {MAX_ROUNDS}"
+    yield p.bits in (16, 32), "bits", "the codec has 16 or 32 bits"
+    yield p.rounding in ("nearest", "dither"), "rounding", "rounding is nearest or dither"
+    yield _whole(p.parameters, 1, MAX_WORDS), "dims", f"parameters must be 1 to {MAX_WORDS}"
+    yield _whole(p.scalars, 0, MAX_WORDS), "dims", f"scalars must be 0 to {MAX_WORDS}"
+    yield _positive(p.step), "step", "step must be a finite number above 0"
+    yield _positive(p.range), "range", "range must be a finite number above 0"
+    yield _positive(p.state_norm_bound), "norm", "the state norm bound must be finite and above 0"
+    problem = f"{n} hospitals can overflow {p.bits} bits: range / step is too large"
+    yield all(fits(u, p.bits, p.step, p.range) for u in (p.m, n)), "overflow", problem
+    minute = type(p.expiry) is str and valid_minute(p.expiry)
+    yield minute, "expiry", "expiry must be YYYY-MM-DDTHH:MMZ"

@@ -1,19 +1,19 @@
 """The messages of the secure sum as frozen records, with one strict byte form each.
 
-Source: PROTOCOL.md, tables S1-S4 and R0-R6. Rules: a record declares its columns in table order; a list
-is a u16 count followed by the columns of every entry; decode accepts exactly the bytes that encode makes;
-a signature covers ``sig/<name>``, the manifest digest and every column but ``sig``. The state of a round
-travels beside RoundStart, which carries its digest.
+Source: PROTOCOL.md, tables S1-S4 and R0-R6. Rules: a record declares its columns in table order, each as the
+annotation of its field; a list is a u16 count followed by the columns of every entry; decode accepts exactly
+the bytes that encode makes; a signature covers ``sig/<name>``, the manifest digest and every column but
+``sig``. The state of a round travels beside RoundStart, which carries its digest.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeAlias, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from common.encoding import digest, labelled, split_labelled, u16
+from common.encoding import annotations_of, digest, labelled, split_labelled, u8, u16, u32
 from common.errors import VerificationError
 
 DIGEST_BYTES: Final = 32
@@ -68,18 +68,16 @@ class ListOf:
 
     def write(self, value: Any, name: str) -> Iterator[bytes]:
         """The count, then the parts of each entry. Raises VerificationError naming the column."""
+        problem = f"{name} must be a tuple of fewer than 65536 entries"
         if type(value) is not tuple or len(value) >= 1 << 16:
-            raise VerificationError(
-                "secagg.record.value", f"{name} must be a tuple of fewer than 65536 entries"
-            )
+            raise VerificationError("secagg.record.value", problem)
         yield u16(len(value))
         for entry in value:
             if isinstance(self.entry, tuple):
-                columns = self.entry
-                values = (entry,) if len(columns) == 1 else entry
-                if type(values) is not tuple or len(values) != len(columns):
+                values = (entry,) if len(self.entry) == 1 else entry
+                if type(values) is not tuple or len(values) != len(self.entry):
                     raise VerificationError("secagg.record.value", f"{name} holds an entry of another shape")
-                for column, item in zip(columns, values, strict=True):
+                for column, item in zip(self.entry, values, strict=True):
                     yield from column.write(item, name)
             elif type(entry) is self.entry:
                 yield from _parts(entry)
@@ -96,12 +94,16 @@ class ListOf:
         return tuple(tuple(column.read(parts, name) for column in self.entry) for _ in range(count))
 
 
-U8: Final = Integer(1)
 U16: Final = Integer(2)
-U32: Final = Integer(4)
-U64: Final = Integer(8)
 DIGEST: Final = Fixed(DIGEST_BYTES)
-SIGNATURE: Final = Fixed(SIGNATURE_BYTES)
+
+Id: TypeAlias = Annotated[int, U16]
+Round: TypeAlias = Annotated[int, Integer(4)]
+Digest: TypeAlias = Annotated[bytes, DIGEST]
+Key: TypeAlias = Annotated[bytes, Fixed(KEY_BYTES)]
+Sealed: TypeAlias = Annotated[bytes, Fixed(SEALED_SEED_BYTES)]
+Signature: TypeAlias = Annotated[bytes, Fixed(SIGNATURE_BYTES)]
+DigestById: TypeAlias = Annotated[tuple[tuple[int, bytes], ...], ListOf((U16, DIGEST))]
 
 
 class Record:
@@ -114,6 +116,9 @@ class Record:
     __slots__ = ()
     COLUMNS: ClassVar[tuple[tuple[str, Integer | Fixed | ListOf], ...]] = ()
 
+    def __init_subclass__(cls) -> None:
+        cls.COLUMNS = annotations_of(cls)
+
     def __post_init__(self) -> None:
         for _ in _parts(self):
             pass
@@ -123,109 +128,74 @@ class Record:
 class KeyAnnounce(Record):
     """S1: the setup keys of one hospital for one manifest, made once ever."""
 
-    id: int
-    man: bytes
-    mlkem: bytes = field(repr=False)
-    x25519: bytes = field(repr=False)
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (
-        ("id", U16),
-        ("man", DIGEST),
-        ("mlkem", Fixed(MLKEM_KEY_BYTES)),
-        ("x25519", Fixed(KEY_BYTES)),
-        ("sig", SIGNATURE),
-    )
+    id: Id
+    man: Digest
+    mlkem: Annotated[bytes, Fixed(MLKEM_KEY_BYTES)] = field(repr=False)
+    x25519: Key = field(repr=False)
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Directory(Record):
     """S2: every announcement that the hub holds, ascending id."""
 
-    entries: tuple[KeyAnnounce, ...] = field(repr=False)
-    COLUMNS = (("entries", ListOf(KeyAnnounce)),)
+    entries: Annotated[tuple[KeyAnnounce, ...], ListOf(KeyAnnounce)] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class PairSeed(Record):
     """S3: a seed sealed by one of the pair (i < j) for the other."""
 
-    man: bytes
-    dirh: bytes
-    i: int
-    j: int
-    ct: bytes = field(repr=False)
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (
-        ("man", DIGEST),
-        ("dirh", DIGEST),
-        ("i", U16),
-        ("j", U16),
-        ("ct", Fixed(SEALED_SEED_BYTES)),
-        ("sig", SIGNATURE),
-    )
+    man: Digest
+    dirh: Digest
+    i: Id
+    j: Id
+    ct: Sealed = field(repr=False)
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Confirm(Record):
     """S4: proof to every peer that the pair key is known; ``tags`` are (peer, tag), ascending."""
 
-    id: int
-    dirh: bytes
-    tags: tuple[tuple[int, bytes], ...] = field(repr=False)
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (("id", U16), ("dirh", DIGEST), ("tags", ListOf((U16, DIGEST))), ("sig", SIGNATURE))
+    id: Id
+    dirh: Digest
+    tags: DigestById = field(repr=False)
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class RoundStart(Record):
     """R0: a round begins. ``deadline`` in seconds since 1970 UTC; ``state`` is state_digest(bytes)."""
 
-    man: bytes
-    dirh: bytes
-    round: int
-    state: bytes
-    model_digest: bytes
-    deadline: int
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (
-        ("man", DIGEST),
-        ("dirh", DIGEST),
-        ("round", U32),
-        ("state", DIGEST),
-        ("model_digest", DIGEST),
-        ("deadline", U64),
-        ("sig", SIGNATURE),
-    )
+    man: Digest
+    dirh: Digest
+    round: Round
+    state: Digest
+    model_digest: Digest
+    deadline: Annotated[int, Integer(8)]
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Ready(Record):
     """R1: a hospital has its vector; ``nu`` commits to it."""
 
-    man: bytes
-    id: int
-    round: int
-    model_digest: bytes
-    nu: bytes
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (
-        ("man", DIGEST),
-        ("id", U16),
-        ("round", U32),
-        ("model_digest", DIGEST),
-        ("nu", DIGEST),
-        ("sig", SIGNATURE),
-    )
+    man: Digest
+    id: Id
+    round: Round
+    model_digest: Digest
+    nu: Digest
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Cohort(Record):
     """R2: whose vectors are summed in this attempt; ``members`` are (id, nu), ascending."""
 
-    round: int
-    attempt: int
-    members: tuple[tuple[int, bytes], ...]
-    COLUMNS = (("round", U32), ("attempt", U8), ("members", ListOf((U16, DIGEST))))
+    round: Round
+    attempt: Annotated[int, Integer(1)]
+    members: DigestById
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -237,50 +207,39 @@ class Cohort(Record):
 class Upload(Record):
     """R3: the header of a masked payload."""
 
-    id: int
-    ctx: bytes
-    commit: bytes
-    payload_digest: bytes
-    chunk_digests: tuple[bytes, ...] = field(repr=False)
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (
-        ("id", U16),
-        ("ctx", DIGEST),
-        ("commit", DIGEST),
-        ("payload_digest", DIGEST),
-        ("chunk_digests", ListOf((DIGEST,))),
-        ("sig", SIGNATURE),
-    )
+    id: Id
+    ctx: Digest
+    commit: Digest
+    payload_digest: Digest
+    chunk_digests: Annotated[tuple[bytes, ...], ListOf((DIGEST,))] = field(repr=False)
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenPlease(Record):
     """R4: all of the cohort have uploaded; liveness only."""
 
-    ctx: bytes
-    COLUMNS = (("ctx", DIGEST),)
+    ctx: Digest
 
 
 @dataclass(frozen=True, slots=True)
 class Open(Record):
     """R5: the self-mask seed ``b`` of one context. Never printed."""
 
-    id: int
-    ctx: bytes
-    b: bytes = field(repr=False)
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (("id", U16), ("ctx", DIGEST), ("b", Fixed(KEY_BYTES)), ("sig", SIGNATURE))
+    id: Id
+    ctx: Digest
+    b: Key = field(repr=False)
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Result(Record):
     """R6: what the round became, signed by the hub."""
 
-    ctx: bytes
-    sum_digest: bytes
-    model_digest: bytes
-    sig: bytes = field(default=UNSIGNED, repr=False)
-    COLUMNS = (("ctx", DIGEST), ("sum_digest", DIGEST), ("model_digest", DIGEST), ("sig", SIGNATURE))
+    ctx: Digest
+    sum_digest: Digest
+    model_digest: Digest
+    sig: Signature = field(default=UNSIGNED, repr=False)
 
 
 def _exact(parts: Iterator[bytes], size_bytes: int, name: str) -> bytes:
@@ -297,9 +256,8 @@ def _parts(record: Record, *, signature: bool = True) -> Iterator[bytes]:
 
 
 def _read(record_type: type[R], parts: Iterator[bytes]) -> R:
-    return record_type(
-        *(column.read(parts, f"{record_type.__name__}.{name}") for name, column in record_type.COLUMNS)
-    )
+    owner = record_type.__name__
+    return record_type(*(column.read(parts, f"{owner}.{name}") for name, column in record_type.COLUMNS))
 
 
 def encode(record: Record) -> bytes:
@@ -339,11 +297,9 @@ def check_signature(record: Record, man: bytes, key: bytes, signer: str) -> None
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(signature, signed_bytes(record, man))
     except (InvalidSignature, ValueError):
-        raise VerificationError(
-            "secagg.signature",
-            f"the {type(record).__name__} is not signed by {signer}",
-            remedy="Compare the fingerprints of the roster out of band.",
-        ) from None
+        problem = f"the {type(record).__name__} is not signed by {signer}"
+        remedy = "Compare the fingerprints of the roster out of band."
+        raise VerificationError("secagg.signature", problem, remedy=remedy) from None
 
 
 def directory_digest(man: bytes, entries: Sequence[KeyAnnounce]) -> bytes:
@@ -354,9 +310,9 @@ def directory_digest(man: bytes, entries: Sequence[KeyAnnounce]) -> bytes:
 
 def context(man: bytes, dirh: bytes, model_digest: bytes, cohort: Cohort) -> bytes:
     """ctx: everything that makes one attempt of one round what it is, 32 bytes."""
-    head = tuple(U32.write(cohort.round, "round")) + tuple(U8.write(cohort.attempt, "attempt"))
+    attempt = (u32(cohort.round), u8(cohort.attempt))
     members = (part for member, nu in cohort.members for part in (u16(member), nu))
-    return digest("ctx", man, dirh, *head, model_digest, u16(len(cohort.members)), *members)
+    return digest("ctx", man, dirh, *attempt, model_digest, u16(len(cohort.members)), *members)
 
 
 def payload_digest(chunk_digests: Sequence[bytes]) -> bytes:

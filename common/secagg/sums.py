@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import FailureError, RefusedError, VerificationError
 from common.secagg import keys, records
-from common.secagg.codec import Layout, Words, from_words
+from common.secagg.codec import Integers, Layout, Words, from_words
 from common.secagg.masks import chunk_digest, empty_sums, remove_self_mask
 from common.secagg.params import RunParams
 from common.secagg.records import Cohort, Open, Upload
@@ -23,10 +22,13 @@ from common.secagg.records import Cohort, Open, Upload
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What a round reveals: int64[parameters] and int64[scalars] in grid steps, over ``cohort``."""
+    """What a round reveals over ``cohort``, in grid steps: signed words of the codec's width, scalars of 64.
 
-    parameters: NDArray[np.int64] = field(repr=False)
-    scalars: NDArray[np.int64] = field(repr=False)
+    The arrays are the accumulator's own memory, not copies.
+    """
+
+    parameters: Integers = field(repr=False)
+    scalars: Integers = field(repr=False)
     cohort: tuple[int, ...]
     digest: bytes
 

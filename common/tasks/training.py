@@ -27,7 +27,7 @@ from common.privacy.clipping import clip, sanitise, weight_limit
 from common.privacy.gate import Gate, LocalGate, PlainGate, Vector
 from common.study import DifferentialPrivacy, Study
 from common.tasks.models import build
-from common.tasks.models.layout import Tensor, flatten, layout, size, unflatten
+from common.tasks.models.layout import Tensor, flatten, layout, size
 
 Progress: TypeAlias = Callable[[int, int], None]
 # Inputs, labels and patients of the same rows.
@@ -174,7 +174,7 @@ def train_local(
     # Gradients are needed whatever mode the caller is in: without them Opacus' hooks capture nothing.
     with torch.enable_grad():
         module = build(study.model, study.contract)
-        _load(module, start, tensors)
+        module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
         errors = ModuleValidator.validate(module, strict=False)
         if errors:
             raise RefusedError("training.model", f"Opacus refuses the model: {type(errors[0]).__name__}")
@@ -264,11 +264,3 @@ def _pieces(patients: NDArray[np.int64], piece_rows: int) -> Iterator[tuple[int,
         if stop >= len(patients):
             return
         begin = stop
-
-
-def _load(module: nn.Module, vector: Vector, tensors: Sequence[Tensor]) -> None:
-    """Write a flat state into the module's parameters, exactly."""
-    values = unflatten(vector, tensors)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(values[name]))

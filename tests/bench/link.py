@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common import flower
-from server.link import GrpcGrid, Link
+from server.grid import GrpcGrid
+from server.link import Link
 from server.processes import Processes
 from server.store import Store
+from tests.bench import large
 from tests.bench.result import Result
 from tests.conftest import Pki
 from tests.federation import Federation, small_study
@@ -109,4 +111,4 @@ def secure_round() -> list[Result]:
 
 
 def run() -> list[Result]:
-    return [*link_round_trip(), *secure_round()]
+    return [*link_round_trip(), *secure_round(), *large.run()]

@@ -4,10 +4,12 @@ The folders are made by the product's own enrolment; requests go straight into e
 and the hub's side is the machines of ``common.secagg.hub``.
 """
 
+import os
 import shutil
+import threading
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,13 +20,17 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from client.computation import Computation
 from client.guard import Guard
 from client.identity import SiteIdentity, create_site
 from client.participation import Participation
+from client.settings import DataSource
 from client.state import SiteHome
 from client.studies import StudyFolder
+from client.worker import Worker
 from common import identity, messages
 from common.admissible import Admitted, check
+from common.errors import FailureError
 from common.ledger.entries import Entry
 from common.ledger.store import Ledger
 from common.messages import Kind, Reply, Request
@@ -44,6 +50,31 @@ from tests.federation import NAMES, extract_rows, small_study
 ADDRESS = "127.0.0.1:9443"
 WITHOUT_DP: dict[str, Any] = {"kind": "without_differential_privacy"}
 ALLOW_WITHOUT_DP = {"allow_studies_without_differential_privacy": True}
+
+
+class ComputedHere(Computation):
+    """The worker's own code in this process: no process to start, and a test gives the entropy."""
+
+    def __init__(
+        self,
+        manifest_bytes: bytes,
+        source: DataSource,
+        split_key: bytes,
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        super().__init__(manifest_bytes, source, split_key)
+        self._worker = Worker(entropy)
+
+    def warm(self) -> None:
+        """There is nothing to start."""
+
+    def compute(
+        self, state: bytes, dim: int, timeout_s: float, cut: threading.Event | None = None
+    ) -> NDArray[np.int64]:
+        if self.ended or (cut is not None and cut.is_set()):
+            raise FailureError("worker.ended", "the round was stopped before its computation began")
+        self._worker.prepare(self._header, self._manifest_bytes)
+        return np.frombuffer(self._worker.compute(state), dtype="<i8").astype(np.int64)
 
 
 def make(folder: Path, hospitals: int = 4) -> None:
@@ -200,6 +231,14 @@ class Hub:
         document = self.federation.document(self.manifest)
         answers = {n: self.ask(n, messages.STUDY, document=document) for n in self.sites}
         return {n: reply.decision if reply.available else "unavailable" for n, reply in answers.items()}
+
+    def joined(self) -> "Hub":
+        """With everybody's approval and keys: ready for rounds."""
+        for number in self.sites:
+            self.federation.decide(number, self.manifest)
+        assert set(self.offer().values()) == {"approved"}
+        self.join()
+        return self
 
     def join(self) -> Setup:
         """S1 to S4 with all hospitals."""

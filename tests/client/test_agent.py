@@ -29,7 +29,11 @@ def chunk(index: int, data: bytes, digest: bytes = b"") -> link_pb2.Chunk:
 def test_an_attachment_is_whole_when_its_last_byte_has_come() -> None:
     arriving = incoming(len(DATA))
     parts = [DATA[:500], DATA[500:1000], DATA[1000:]]
-    assert [arriving.add(chunk(i, part)) for i, part in enumerate(parts)] == [False, False, True]
+    left = []
+    for index, part in enumerate(parts):
+        arriving.add(chunk(index, part))
+        left.append(arriving.left)
+    assert left == [len(DATA) - 500, len(DATA) - 1000, 0]
     assert arriving.chunks == parts
 
 
@@ -50,7 +54,8 @@ def test_a_chunk_out_of_order_too_long_or_altered_is_refused(wrong: link_pb2.Chu
     with pytest.raises(VerificationError) as caught:
         arriving.add(wrong)
     assert caught.value.code == code
-    assert arriving.add(chunk(1, DATA[1000:]))
+    arriving.add(chunk(1, DATA[1000:]))
+    assert arriving.left == 0
 
 
 def test_an_announcement_past_the_limit_is_refused_before_anything_is_kept() -> None:

@@ -1,11 +1,13 @@
 """The Flower ClientApp: every kind of message reaches the hospital of the node's folder."""
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from client import app as client_app
+from client.participation import Participation
 from common import flower, messages
 from common.errors import UsageError
 from common.messages import KINDS, Reply, Request
@@ -54,6 +56,19 @@ def test_a_folder_is_opened_once_and_again_after_closing(folder: str) -> None:
     client_app.close(folder)
     client_app.close(folder)
     assert client_app.participation(folder) is not first
+
+
+def test_many_threads_open_one_hospital(folder: str) -> None:
+    found: list[Participation] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(client_app.participation(folder))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len({id(hospital) for hospital in found}) == 1
 
 
 def test_a_node_without_a_folder_is_a_usage_error() -> None:

@@ -46,6 +46,7 @@ def test_a_person_reads_everything_that_is_asked_of_this_hospital(
     assert said["model"] == "logistic_regression, 6 numbers"
     assert said["members"] == ", ".join(federation.name(n) for n in (1, 2, 3, 4))
     assert said["aggregation"] == "n = 4, t = 1, rho = 0, m = 3, n - m = 1"
+    assert said["charges"] == "3 rounds as planned, at most 6: a lost round is computed and charged again"
     assert said["expires"] == "2099-12-31T23:59Z"
     assert any("rho = 0" in line and line.startswith("note") for line in lines)
     assert any("ready_s = 0" in line for line in lines)
@@ -56,17 +57,21 @@ def test_a_person_reads_everything_that_is_asked_of_this_hospital(
 
 
 def test_the_spending_that_is_shown_is_the_accountants(federation: Federation, guard: Guard) -> None:
-    found = reviewed(federation, guard, training__rounds=2)
-    planned = [guard.plan(found.admitted, number) for number in (1, 2)]
-    assert found.planned_epsilon == odometer(planned, 1e-6, "t") > 0
-    assert f"{found.planned_epsilon:.4f}" in found.text()
+    found = reviewed(federation, guard, training__rounds=2, aggregation__rounds_max=4)
+    planned = [guard.plan(found.admitted, number) for number in (1, 2, 3, 4)]
+    assert found.planned_epsilon == odometer(planned[:2], 1e-6, "t") > 0
+    assert found.largest_epsilon == odometer(planned, 1e-6, "t") > found.planned_epsilon
+    said = f"{found.planned_epsilon:.4f} as planned, at most {found.largest_epsilon:.4f}"
+    assert said in found.text()
     assert found.rounds_left == guard.rounds_left(found.manifest, found.admitted)
     assert found.data() == {
         "digest": found.digest,
         "name": "small",
         "members": [federation.name(n) for n in (1, 2, 3)],
         "rounds": 2,
+        "rounds_max": 4,
         "planned_epsilon": found.planned_epsilon,
+        "largest_epsilon": found.largest_epsilon,
         "rounds_left": found.rounds_left,
         "new_fingerprints": {
             federation.name(n): federation.verified_roster.member(n).fingerprint for n in (2, 3)
@@ -154,7 +159,8 @@ def test_more_patients_than_the_study_allows_are_refused_without_a_count(
 def test_a_study_that_the_register_cannot_pay_for_is_refused(federation: Federation, guard: Guard) -> None:
     affordable = reviewed(federation, guard, training__rounds=1).rounds_left
     assert affordable is not None
-    reviewed(federation, guard, training__rounds=affordable).check_approvable()
+    # The planned rounds must be affordable; those that may be lost are paid while the caps hold.
+    reviewed(federation, guard, training__rounds=affordable, aggregation__rounds_max=500).check_approvable()
     with pytest.raises(BudgetExhaustedError) as caught:
         reviewed(federation, guard, training__rounds=affordable + 1).check_approvable()
     assert caught.value.fields == {"rounds_left": affordable}

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.state import SiteHome
-from common.ledger.entries import Approval
+from common.ledger.entries import Approval, Pause
 from tests.client.federation import ADDRESS, Federation
 from tests.federation import extract_rows
 
@@ -92,7 +92,7 @@ def test_init_refuses_what_is_malformed_or_there_already(tmp_path: Path) -> None
 
 def test_a_site_that_is_not_admitted_yet_is_told_so(tmp_path: Path) -> None:
     run("init", "--home", tmp_path, "--name", "St. Mary", "--hub", ADDRESS)
-    for command in ("approve", "budget"):
+    for command in ("approve", "budget", "pause", "resume"):
         assert failure(command, "--home", tmp_path, code=3)["code"] == "site.not-admitted"
 
 
@@ -263,6 +263,35 @@ def test_data_that_break_the_contract_are_exit_7(federation: Federation, home: P
     for result in (run(*command), run(*command, "--json")):
         assert CANARY not in result.output
     assert decisions(federation) == []
+
+
+# -- pause and resume ------------------------------------------------------------------------------------
+
+
+def test_a_pause_is_written_down_and_ends(federation: Federation, home: Path) -> None:
+    told = data("pause", "--home", home, "--by", "Dr. Roe", "--reason", "maintenance")
+    assert told == {"paused": True}
+    refusal = failure("pause", "--home", home, "--by", "Dr. Roe", code=3)
+    assert refusal["code"] == "ledger.pause"
+    # A person may read, decide and look at the budget all the same.
+    digest = federation.receive(1, federation.manifest())
+    command = ("approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "t")
+    assert run(*command).exit_code == 0
+    assert data("budget", "--home", home)["charges"] == 0
+    result = run("resume", "--home", home, "--by", "Dr. Roe")
+    assert (result.exit_code, result.stdout) == (0, f"resumed: the site in {home}\n")
+    assert failure("resume", "--home", home, "--by", "Dr. Roe", code=3)["code"] == "ledger.pause"
+    pauses = [(e.decision, e.reason) for e in federation.entries(1) if isinstance(e, Pause)]
+    assert pauses == [("paused", "Dr. Roe: maintenance"), ("resumed", "Dr. Roe: resumed")]
+
+
+def test_a_pause_names_who_takes_it(
+    federation: Federation, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("USER", raising=False)
+    assert failure("pause", "--home", home, code=2)["code"] == "site.by"
+    assert failure("pause", "--home", home, "--by", "a\nb", code=2)["code"] == "ledger.reason"
+    assert not any(isinstance(entry, Pause) for entry in federation.entries(1))
 
 
 # -- budget ----------------------------------------------------------------------------------------------

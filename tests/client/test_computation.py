@@ -2,9 +2,10 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from client.computation import PASSED_ENVIRONMENT, Computation
 from client.settings import DataSource
 from common.admissible import check
 from common.errors import ContractError, FailureError
+from common.study import Manifest
 from common.tasks.models import initial_state
 from common.tasks.state import state_bytes
 from tests.client.federation import Federation
@@ -31,6 +33,7 @@ class Running:
     extract: Path
     state: bytes
     dim: int
+    manifest: Manifest
 
     def compute(self, timeout_s: float = TIMEOUT_S) -> int:
         """One round; how many integers came."""
@@ -43,6 +46,17 @@ class Running:
         return process.pid
 
 
+def computation_of(manifest: Manifest, extract: Path) -> Computation:
+    return Computation(manifest.to_bytes(), DataSource(source=f"csv:{extract}", patient="patient"), bytes(32))
+
+
+def kill(computation: Computation) -> None:
+    """Kill the worker, if there is one, as a fault would."""
+    if computation._process is not None:
+        computation._process.kill()
+        computation._process.wait(TIMEOUT_S)
+
+
 @pytest.fixture(scope="module")
 def running(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     federation = Federation(template, tmp_path_factory.mktemp("computation"))
@@ -50,11 +64,9 @@ def running(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     admitted = check(manifest, None)
     extract = federation.sites[1].folder / "extract.csv"
     os.environ[SECRET] = "must not be passed on"
-    computation = Computation(
-        manifest.to_bytes(), DataSource(source=f"csv:{extract}", patient="patient"), bytes(32)
-    )
+    computation = computation_of(manifest, extract)
     state = state_bytes(initial_state(manifest), admitted.layout)
-    yield Running(computation, extract, state, admitted.dim)
+    yield Running(computation, extract, state, admitted.dim, manifest)
     computation.end()
     del os.environ[SECRET]
 
@@ -126,14 +138,14 @@ def test_an_overrun_is_killed(running: Running) -> None:
 
 
 def test_a_time_that_is_over_at_once_gives_no_result(running: Running) -> None:
-    running.computation.end()
+    kill(running.computation)
     with pytest.raises(FailureError):
         running.compute(timeout_s=0.0)
     running.compute()
 
 
 def test_a_failed_start_is_mended_by_mending_the_file(running: Running) -> None:
-    running.computation.end()
+    kill(running.computation)
     aside = running.extract.with_suffix(".aside")
     running.extract.rename(aside)
     try:
@@ -145,21 +157,98 @@ def test_a_failed_start_is_mended_by_mending_the_file(running: Running) -> None:
     assert running.compute() == running.dim
 
 
-def test_ending_is_safe_twice_and_from_another_thread(running: Running) -> None:
-    running.computation.warm()
-    threads = [threading.Thread(target=running.computation.end) for _ in range(4)]
+def problem_of(action: Callable[[], object]) -> str:
+    with pytest.raises(FailureError) as caught:
+        action()
+    return caught.value.code
+
+
+def test_a_cut_round_is_not_computed(running: Running) -> None:
+    computation = running.computation
+    running.compute()
+    pid = running.pid
+    # Cut before it began: no worker is touched.
+    cut = threading.Event()
+    computation.stop(cut)
+    assert (
+        problem_of(lambda: computation.compute(running.state, running.dim, TIMEOUT_S, cut)) == "worker.ended"
+    )
+    # Another round's cut is not this one's business.
+    computation.stop(threading.Event())
+    assert (running.compute(), running.pid) == (running.dim, pid)
+    # Cut while it computes: killed, and the next one has a fresh worker.
+    os.kill(pid, signal.SIGSTOP)
+    cut, codes = threading.Event(), list[str]()
+    thread = threading.Thread(
+        target=lambda: codes.append(
+            problem_of(lambda: computation.compute(running.state, running.dim, TIMEOUT_S, cut))
+        )
+    )
+    thread.start()
+    time.sleep(0.1)
+    began = time.monotonic()
+    computation.stop(cut)
+    thread.join(TIMEOUT_S)
+    assert time.monotonic() - began < 1
+    assert codes == ["worker.died"]
+    assert not Path(f"/proc/{pid}").exists()
+    assert running.compute() == running.dim
+
+
+def test_a_worker_outlives_the_thread_that_asked_for_it(running: Running) -> None:
+    computation = computation_of(running.manifest, running.extract)
+    try:
+        thread = threading.Thread(target=computation.compute, args=(running.state, running.dim, TIMEOUT_S))
+        thread.start()
+        thread.join(TIMEOUT_S)
+        process = computation._process
+        assert process is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        assert len(computation.compute(running.state, running.dim, TIMEOUT_S)) == running.dim
+        assert computation._process is process
+    finally:
+        computation.end()
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.001, 0.01, 0.1])
+def test_an_ended_computation_starts_no_worker(running: Running, pause_s: float) -> None:
+    """Ended from several threads at once, while others begin: nothing is left running, nothing begins again."""
+    computation = computation_of(running.manifest, running.extract)
+    codes: list[str] = []
+
+    def ask() -> None:
+        try:
+            computation.warm()
+            computation.compute(running.state, running.dim, TIMEOUT_S)
+        except FailureError as error:
+            codes.append(error.code)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    enders = [threading.Thread(target=computation.end) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for thread in threads:
+    time.sleep(pause_s)
+    process = computation._process
+    for thread in enders:
+        thread.start()
+    for thread in (*threads, *enders):
         thread.join(TIMEOUT_S)
-    running.computation.end()
-    assert running.computation._process is None
+        assert not thread.is_alive()
+    assert len(codes) == 2
+    assert set(codes) <= {"worker.ended", "worker.died", "worker.start"}
+    assert computation.ended
+    assert computation._process is None
+    assert process is None or process.poll() is not None
+    computation.warm()
+    computation.end()
+    assert computation._process is None
 
 
 def test_an_installation_that_cannot_start_is_a_clear_error(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running.computation.end()
+    kill(running.computation)
     monkeypatch.setattr("client.computation.sys.executable", "/bin/false")
     with pytest.raises(FailureError) as caught:
         running.compute()

@@ -18,7 +18,7 @@ from common.errors import (
     WardroundError,
 )
 from common.identity import key_text, new_signing_key, public_key
-from common.ledger.entries import Approval, Charge, Opened, Outcome
+from common.ledger.entries import Approval, Charge, Opened, Outcome, Pause
 from common.privacy.filter import odometer
 from common.roster import Member, Roster, SignedRoster
 from common.study import Manifest
@@ -221,6 +221,86 @@ def test_an_upload_is_recorded_once_an_attempt_and_needs_a_charge(
     ]
     # A release gives nothing back.
     assert guard.budget().charges == 1
+
+
+def test_what_became_of_a_round_is_said_once(federation: Federation, guard: Guard) -> None:
+    manifest = federation.manifest()
+    admitted = check(manifest, None)
+    assert guard.settle(manifest.digest, "site_stopped") == 0
+    guard.charge(manifest, admitted, 1)
+    assert guard.settle(manifest.digest, "site_stopped") == 1
+    assert guard.settle(manifest.digest, "round_lost") == 0
+    guard.charge(manifest, admitted, 2)
+    for attempt in (1, 2):
+        guard.released(manifest.digest, 2, attempt, bytes([attempt]) * 32)
+    # The result is of the last upload, or of none.
+    refused(lambda: guard.settle(manifest.digest, "completed", b"\1" * 32), RefusedError, "guard.context")
+    assert guard.settle(manifest.digest, "completed", b"\2" * 32) == 2
+    assert guard.settle(manifest.digest, "completed", b"\2" * 32) == 0
+    # Nothing is given back, and another study's rounds are its own.
+    assert guard.budget().charges == 2
+    other = federation.manifest(name="other")
+    guard.charge(other, check(other, None), 1)
+    assert guard.settle(manifest.digest, "round_lost") == 0
+    outcomes = [e for e in federation.entries(1) if isinstance(e, Outcome)]
+    assert [(o.reason, o.state, o.attempt, o.ctx and o.ctx[:2]) for o in outcomes] == [
+        ("site_stopped", "charged", 1, None),
+        ("upload_started", "released", 1, "01"),
+        ("upload_started", "released", 2, "02"),
+        ("completed", "released", 2, "02"),
+    ]
+
+
+def test_a_paused_site_charges_nothing_and_says_who_paused_it(federation: Federation, guard: Guard) -> None:
+    manifest = federation.manifest()
+    admitted = check(manifest, None)
+    other = federation.guard(1)
+    assert not guard.paused
+    refused(lambda: guard.pause("paused", "two\nlines"), UsageError, "ledger.reason")
+    other.pause("paused", "Dr. Roe: maintenance")
+    assert guard.paused
+    refused(lambda: guard.charge(manifest, admitted, 1), RefusedError, "ledger.paused")
+    refused(lambda: guard.pause("paused", "again"), RefusedError, "ledger.pause")
+    guard.pause("resumed", "Dr. Roe: done")
+    assert not other.paused
+    refused(lambda: other.pause("resumed", "again"), RefusedError, "ledger.pause")
+    guard.charge(manifest, admitted, 1)
+    other.close()
+    said = [(e.decision, e.reason) for e in federation.entries(1) if isinstance(e, Pause)]
+    assert said == [("paused", "Dr. Roe: maintenance"), ("resumed", "Dr. Roe: done")]
+
+
+def test_one_guard_serves_several_threads(federation: Federation, guard: Guard) -> None:
+    """Studies charged and asked about side by side: every charge is counted once by the guard."""
+    federation.edit_policy(1, register={"epsilon_t": 3.0, "epsilon_w": 3.0})
+    studies = [federation.manifest(name=f"study {i}", training__rounds=20) for i in range(4)]
+    barrier, problems = threading.Barrier(len(studies)), list[BaseException]()
+
+    def spend(manifest: Manifest) -> None:
+        admitted = check(manifest, None)
+        barrier.wait()
+        try:
+            for number in (1, 2, 3):
+                guard.charge(manifest, admitted, number)
+                guard.released(manifest.digest, number, 1, CTX)
+                assert guard.last_charged_round(manifest.digest) == number
+                guard.budget()
+                guard.settle(manifest.digest, "completed", CTX)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=spend, args=(manifest,)) for manifest in studies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert guard.budget().charges == sum(isinstance(e, Charge) for e in federation.entries(1)) == 12
+    # A thread that read the ledger before the others wrote to it comes last.
+    guard._charged(guard._ledger.entries()[:3])
+    fresh = federation.guard(1)
+    assert fresh.budget() == guard.budget()
+    fresh.close()
 
 
 def test_a_study_without_dp_ends_the_register_for_all_later_ones(template: Path, tmp_path: Path) -> None:
@@ -464,12 +544,13 @@ def test_split_keys_belong_to_one_site_register_and_study(federation: Federation
 
 
 def test_no_more_rounds_are_charged_than_were_approved(federation: Federation, guard: Guard) -> None:
-    manifest = federation.manifest(training__rounds=2, aggregation__rounds_max=50)
+    """As many as were planned and, for rounds that are lost, up to the manifest's maximum."""
+    manifest = federation.manifest(training__rounds=2, aggregation__rounds_max=3)
     admitted = check(manifest, None)
-    guard.charge(manifest, admitted, 1)
-    guard.charge(manifest, admitted, 7)
+    for number in (1, 7, 8):
+        guard.charge(manifest, admitted, number)
     before = federation.entries(1)
-    refused(lambda: guard.charge(manifest, admitted, 8), RefusedError, "guard.rounds-spent")
+    refused(lambda: guard.charge(manifest, admitted, 9), RefusedError, "guard.rounds-spent")
     assert federation.entries(1) == before
 
 
@@ -503,8 +584,11 @@ def test_without_dp_a_register_keeps_to_one_set_of_hospitals(federation: Federat
     same = federation.manifest(name="again", privacy=WITHOUT_DP)
     guard.charge(same, check(same, None), 1)
     federation.receive(1, same)
+    # A lost round is computed again, with the same hospitals and under a new number.
+    guard.charge(first, check(first, None), 2)
     other = federation.manifest((1, 2, 3, 4), name="other", privacy=WITHOUT_DP)
     refused(lambda: guard.charge(other, check(other, None), 1), RefusedError, "guard.no-dp-members")
+    refused(lambda: guard.check_budget(other, check(other, None), 1), RefusedError, "guard.no-dp-members")
     # Without the document of the first study nobody can say who was in it: refused as well.
     federation.sites[1].study(first.digest.hex()).unlink()
     refused(lambda: guard.charge(same, check(same, None), 2), RefusedError, "studies.unknown")

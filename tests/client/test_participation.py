@@ -115,8 +115,11 @@ def test_rounds_with_differential_privacy(running: Hub) -> None:
     totals = [running.whole_round() for _ in range(2)]
     for number in (1, 2, 3):
         new = running.federation.entries(number)[len(before[number - 1]) :]
-        assert [type(entry) for entry in new] == [Charge, Outcome] * 2
-        assert [entry.state for entry in new if isinstance(entry, Outcome)] == ["released"] * 2
+        assert [type(entry) for entry in new] == [Charge, Outcome, Outcome] * 2
+        outcomes = [entry for entry in new if isinstance(entry, Outcome)]
+        assert [entry.reason for entry in outcomes] == ["upload_started", "completed"] * 2
+        assert {entry.state for entry in outcomes} == {"released"}
+        assert outcomes[0].ctx == outcomes[1].ctx != outcomes[2].ctx
     # The sum is the three hospitals' steps with the noise of each: not zero, and never the same again.
     assert totals[0].shape == (running.admitted.dim,)
     assert (totals[0] != totals[1]).any()
@@ -136,7 +139,7 @@ def test_payloads_are_masked_and_each_is_sent_once(running: Hub) -> None:
     for vector in words.values():
         # One hospital's own vector is below the codec's range; a masked word is anywhere in 2^32.
         assert (np.minimum(vector, -vector.astype(np.int64) % 2**32) > 1e8).any()
-        assert (vector.astype(np.int64) != total % 2**32).any()
+        assert (vector.astype(np.int64) != total.astype(np.int64) % 2**32).any()
     carrying = {kind for _, kind, _, payload in running.frames if payload}
     assert carrying == {messages.UPLOAD.message_type}
 
@@ -165,8 +168,9 @@ def test_a_second_attempt_is_one_charge_and_two_ledger_lines(running: Hub) -> No
     running.upload(round_, second)
     running.finish(round_, second)
     new = running.federation.entries(1)[before:]
-    assert [type(entry) for entry in new] == [Charge, Outcome, Outcome]
-    assert [entry.attempt for entry in new if isinstance(entry, Outcome)] == [1, 2]
+    assert [type(entry) for entry in new] == [Charge, Outcome, Outcome, Outcome]
+    outcomes = [(entry.attempt, entry.reason) for entry in new if isinstance(entry, Outcome)]
+    assert outcomes == [(1, "upload_started"), (2, "upload_started"), (2, "completed")]
 
 
 def test_a_killed_worker_ends_its_round_only(running: Hub) -> None:
@@ -205,7 +209,9 @@ def test_a_restart_between_ready_and_upload_is_a_dropout(running: Hub) -> None:
     # The round is never computed twice, and nothing of it left.
     assert running.ready(round_, 2) == {2: False}
     assert charges(running.federation, 2) == spent
-    assert isinstance(running.federation.entries(2)[-1], Charge)
+    last = running.federation.entries(2)[-1]
+    assert isinstance(last, Outcome)
+    assert (last.state, last.ctx, last.reason) == ("charged", None, "site_stopped")
     # It takes part again in the next one.
     running.whole_round()
     assert charges(running.federation, 2)[-1] == running.round_number

@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 HOLD = """
 import sys
+import threading
 from pathlib import Path
 from client.state import SiteHome
 with SiteHome(Path(sys.argv[1])).locked():
@@ -91,6 +93,29 @@ def test_a_failed_save_changes_nothing(tmp_path: Path) -> None:
         runs.save(MAN, "text is no state")  # type: ignore[arg-type]
     assert runs.load(MAN) == b"good"
     runs.close()
+
+
+def test_several_threads_share_a_run_file(tmp_path: Path) -> None:
+    runs = RunFile(tmp_path / "runs.db")
+    problems: list[BaseException] = []
+
+    def work(number: int) -> None:
+        man = bytes([number]) * 32
+        try:
+            for step in range(10):
+                runs.save(man, b"%d/%d" % (number, step))
+                assert runs.load(man) == b"%d/%d" % (number, step)
+                assert man in runs.runs()
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    runs.close()
+    assert problems == []
 
 
 def test_folders_are_made_once_and_closed_to_others(tmp_path: Path) -> None:

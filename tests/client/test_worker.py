@@ -1,6 +1,7 @@
 """The worker: what it answers, what its errors say, and what its process may not do."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,25 @@ def test_a_worker_prints_no_rows(federation: Federation, capfd: pytest.CaptureFi
     assert [reply["status"] for reply, _ in replies] == ["ok", "ok"]
     assert CANARY.encode() not in replies[1][1]
     assert CANARY not in "".join(capfd.readouterr())
+
+
+def test_a_worker_takes_its_entropy_from_its_constructor(federation: Federation) -> None:
+    """Tests alone give one; what the product starts has the operating system's."""
+    manifest = federation.manifest()
+    results, asked = [], list[int]()
+    for seed in (b"one", b"one", b"two"):
+        stream = np.random.Generator(np.random.PCG64(list(seed)))
+
+        def entropy(size: int, stream: np.random.Generator = stream) -> bytes:
+            asked.append(size)
+            return stream.bytes(size)
+
+        worker = Worker(entropy)
+        worker.prepare(header(federation), manifest.to_bytes())
+        results.append(worker.compute(start_of(manifest)))
+    assert asked
+    assert results[0] == results[1] != results[2]
+    assert Worker()._entropy is os.urandom
 
 
 def test_computing_needs_rows_first() -> None:

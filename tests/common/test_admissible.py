@@ -21,7 +21,7 @@ from common.privacy.clipping import weight_limit
 from common.privacy.events import Event
 from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams
 from common.study import Manifest, Party, Study
-from common.tasks.models.layout import layout_digest, size
+from common.tasks.models.layout import layout, layout_digest, size
 
 EXAMPLE = tomllib.loads(
     (Path(__file__).parents[1] / "vectors" / "studies" / "breast_cancer.toml").read_text(encoding="utf-8")
@@ -234,6 +234,57 @@ def test_a_model_past_the_arithmetic_bound_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
         check(manifest(aggregation={"state_norm_bound": limit * 1.001}), None)
     assert caught.value.code == "study.aggregation.state_norm_bound"
+
+
+MLP = {"kind": "mlp", "hidden": [5]}
+ASSUMED = {"arithmetic": "f32_assumed"}
+
+
+def test_an_mlp_is_admitted_with_its_assumption_only() -> None:
+    model = {"top": {"model": MLP}}
+    admitted = check(manifest(privacy=ASSUMED, **model), None)
+    assert admitted.dim == 30 * 5 + 5 + 5 * 2 + 2
+    assert admitted.event(REGISTER, 1, 1, EVENT).to_fields()["arith"] == "f32_assumed"
+    with pytest.raises(UsageError) as caught:
+        check(manifest(**model), None)
+    assert caught.value.code == "study.privacy.arithmetic"
+    assert "f32_assumed" in caught.value.remedy
+    plain = {"kind": "without_differential_privacy"}
+    assert not check(manifest(privacy=plain, **model), None).private
+
+
+def test_a_model_must_start_inside_its_norm_bound() -> None:
+    # Squares of the half widths: 150 weights of 6/30, 10 of 6/7.
+    start = math.sqrt(150 * 6 / 30 + 10 * 6 / 7)
+    for bound, admits in ((start * 1.0001, True), (start * 0.9999, False)):
+        whole = manifest(top={"model": MLP}, privacy=ASSUMED, aggregation={"state_norm_bound": bound})
+        if admits:
+            check(whole, None)
+        else:
+            assert refusal(whole) == "study.aggregation.state_norm_bound"
+
+
+def test_the_field_that_makes_a_model_too_large_is_named() -> None:
+    layers = {"kind": "mlp", "hidden": [65_536, 65_536]}
+    assert refusal(manifest(top={"model": layers}, privacy=ASSUMED)) == "study.model.hidden"
+
+
+def test_a_patient_must_fit_into_a_hospitals_memory() -> None:
+    """2^27 words of gradients a patient: refused one row past them."""
+    layers = {"kind": "mlp", "hidden": [2048, 2048]}
+
+    def whole(rows: int) -> Manifest:
+        changed = {"model": layers, "contract": EXAMPLE["contract"] | {"rows_per_patient": rows}}
+        bounds = EXAMPLE["aggregation"] | {"state_norm_bound": 1e6}
+        return manifest(
+            top=changed | {"aggregation": bounds}, privacy={"kind": "without_differential_privacy"}
+        )
+
+    one = whole(1)
+    most = (1 << 27) // size(layout(one.study.model, one.study.contract))
+    assert most > 1
+    assert refusal(whole(most + 1)) == "study.contract.rows_per_patient"
+    check(whole(most), None)
 
 
 def test_kept_payloads_are_refused_until_they_are_kept() -> None:

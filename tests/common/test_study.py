@@ -93,6 +93,41 @@ def test_study_errors_name_the_field(case: dict[str, Any]) -> None:
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("server", "stated"),
+    [
+        ({"strategy": "fedavg"}, {}),
+        ({"strategy": "fedavgm"}, {"learning_rate": 1.0, "momentum": 0.0}),
+        ({"strategy": "fedadagrad"}, {"learning_rate": 0.1, "tau": 1e-3}),
+        ({"strategy": "fedadam"}, {"learning_rate": 0.1, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99}),
+        ({"strategy": "fedyogi"}, {"learning_rate": 0.01, "tau": 1e-3, "beta_1": 0.9, "beta_2": 0.99}),
+    ],
+)
+def test_manifests_state_every_parameter_of_the_server(
+    server: dict[str, Any], stated: dict[str, float]
+) -> None:
+    whole = manifest(changed("training.server", server))
+    found = json.loads(whole.to_bytes())["study"]["training"]["server"]
+    assert found == server | stated
+    assert Manifest.from_bytes(whole.to_bytes()) == whole
+    for name in stated:
+        short = json.loads(whole.to_bytes())
+        del short["study"]["training"]["server"][name]
+        with pytest.raises(VerificationError):
+            Manifest.from_bytes(canonical_json(short))
+
+
+def test_an_mlp_is_read_and_stated() -> None:
+    whole = manifest(changed("model", {"kind": "mlp", "hidden": [16, 8]}))
+    assert Manifest.from_bytes(whole.to_bytes()) == whole
+    assert json.loads(whole.to_bytes())["study"]["model"] == {
+        "kind": "mlp",
+        "hidden": [16, 8],
+        "activation": "relu",
+    }
+    assert whole.diff(manifest())[0][0].startswith("study.model.")
+
+
 @pytest.mark.parametrize("text", ["name = ", "name = 1\nname = 2", "[privacy", "\x00"])
 def test_broken_toml_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError) as caught:

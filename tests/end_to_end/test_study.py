@@ -41,15 +41,16 @@ def test_a_whole_study_with_differential_privacy(tmp_path: Path, processes: Proc
     for agent in agents:
         assert agent.process.wait(20) == 0
 
-    # Each hospital's ledger tells the same story: opened, approved, then a charge and an outcome each round.
+    # Each hospital's ledger tells the same story: opened, approved, then a charge, what left and what it came to each round.
     for number in (1, 2, 3):
         story = entries(federation, number)
         kinds = [type(entry) for entry in story]
-        assert kinds == [Opened, Approval, Charge, Outcome, Charge, Outcome, Charge, Outcome]
+        assert kinds == [Opened, Approval, *[Charge, Outcome, Outcome] * 3]
         rounds = [entry.event["round"] for entry in story if isinstance(entry, Charge)]
         assert rounds == [1, 2, 3]
         outcomes = [entry for entry in story if isinstance(entry, Outcome)]
         assert {outcome.state for outcome in outcomes} == {"released"}
+        assert [outcome.reason for outcome in outcomes] == ["upload_started", "completed"] * 3
         budget = federation.budget(number)
         assert budget["charges"] == 3
         assert 0 < budget["epsilon_t"] <= budget["cap_t"] == 3.0

@@ -5,6 +5,7 @@ vector that the test knows, so that sums can be checked exactly.
 """
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from common.tasks.state import load_state, model_digest
 from server.enrolment import admit_site, create_hub, sign_roster
 from server.home import CoordinatorHome, HubHome
 from server.processes import free_port
-from server.store import Store, StudyRow
+from server.store import Checkpoint, Store, StudyRow
 from tests.federation import small_study
 
 NAMES = ("St. Mary", "Northgate", "Riverside", "Holy Cross", "Eastfield")
@@ -137,6 +138,13 @@ def found(folder: Path, hospitals: int = 3) -> Founded:
     for name in NAMES[:hospitals]:
         founded.admit(name)
     return founded
+
+
+def complete(store: Store, digest: str, state: bytes = b"model") -> None:
+    """One more completed round."""
+    number, step = store.start_round(digest), store.study(digest).round + 1
+    digests = (b"c" * 32, b"s" * 32, b"m" * 32)
+    store.complete_round(digest, Checkpoint(number, step, 1, (1, 3), *digests, state, b"", number / 4))
 
 
 def known_update(site: int, round_number: int, state: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
@@ -285,6 +293,15 @@ class Room(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[flower.Message]:
         return [self._replies.pop(m) for m in message_ids if m in self._replies]
+
+    def wait(self, message_ids: Sequence[str], timeout_s: float) -> None:
+        """Every reply has come while its message was pushed."""
+        if not set(message_ids) & set(self._replies):
+            time.sleep(min(timeout_s, 0.01))
+
+    def withdraw(self, message_ids: Sequence[str]) -> None:
+        for message_id in message_ids:
+            self._replies.pop(message_id, None)
 
     def send_and_receive(
         self, messages: Iterable[flower.Message], *, timeout: float | None = None

@@ -10,10 +10,9 @@ from typer.testing import CliRunner, Result
 
 from common.enrolment import Admission
 from server.cli import hub, study
-from server.store import Checkpoint
 from tests.federation import small_study
 from tests.server.conftest import RunningHub
-from tests.server.hospitals import NAMES, found, new_keys
+from tests.server.hospitals import NAMES, complete, found, new_keys
 
 runner = CliRunner()
 
@@ -182,21 +181,20 @@ def test_study_abort_and_watch(running: RunningHub, toml: Path, as_: Path) -> No
 
 
 def test_study_watch_and_export_of_a_done_study(running: RunningHub, toml: Path, as_: Path) -> None:
-    submitted(toml, as_)  # holds the queue
     digest = submitted(toml, as_)
     out = toml.with_name("model.safetensors")
     failed(study, 3, "study.no-model", "export", digest, "--as", as_, "--out", out)
     store = running.hub.store
     for number in (1, 2):
         state = f"model {number}".encode()
-        store.add_round(digest, Checkpoint(number, 1, (1, 2), b"c", b"s", b"m", state, 0.5))
+        complete(store, digest, state)
     store.set_status(digest, "done")
 
     lines = call(study, "watch", digest, "--as", as_, "--json")
     assert lines.exit_code == 0
     events = [json.loads(line) for line in lines.stdout.splitlines()]
     assert [event["round"] for event in events] == [1, 2]
-    assert events[-1]["cohort"] == [1, 2]
+    assert events[-1]["cohort"] == [1, 3]
     assert call(study, "watch", digest, "--as", as_).exit_code == 0
 
     assert envelope(call(study, "export", digest, "--as", as_, "--out", out, "--json")) == {
@@ -208,6 +206,53 @@ def test_study_watch_and_export_of_a_done_study(running: RunningHub, toml: Path,
     assert out.read_bytes() == b"model 1"
     failed(study, 3, "study.no-model", "export", digest, "--as", as_, "--out", out, "--round", 9)
     failed(study, 2, "output.file", "export", digest, "--as", as_, "--out", toml / "x" / "y")
+
+
+def test_study_show_tells_what_was_asked_and_what_became_of_it(
+    running: RunningHub, toml: Path, as_: Path
+) -> None:
+    digest = submitted(toml, as_)
+    store = running.hub.store
+    store.lose_round(digest, store.start_round(digest), "site 2 'Northgate' did not open")
+    complete(store, digest)
+    store.start_round(digest)
+    text = call(study, "show", digest[:8], "--as", as_).stdout
+    for line in (
+        f"  digest     {digest}",
+        "  model      logistic_regression, local, fedavg at the hub",
+        "  privacy    noise multiplier 8 in each of 1 steps a round",
+        "  cohort     at least 3 of 3 hospitals, of which 1 may collude; 3 attempts a round, at most 6 rounds",
+        "  site 2     Northgate: undecided, offline",
+        "  lost       number 1: site 2 'Northgate' did not open",
+        "  round 1    number 2, attempt 1, sites 1, 3, 0.500 s",
+        "  now        number 3",
+    ):
+        assert line in text.splitlines()
+    data = envelope(call(study, "show", digest, "--as", as_, "--json"))
+    assert data["manifest"]["study"]["name"] == "by command"
+    assert [(r["number"], r["step"], r["lost"]) for r in data["history"]] == [
+        (1, None, "site 2 'Northgate' did not open"),
+        (2, 1, ""),
+        (3, None, ""),
+    ]
+    failed(study, 2, "study.digest", "show", "ffffffff", "--as", as_)
+
+
+def test_hub_revoke_ends_an_admission_for_good(tmp_path: Path) -> None:
+    founded = found(tmp_path)
+    home = founded.home.folder
+    data = envelope(
+        call(hub, "revoke", "Northgate", "--home", home, "--reason", "its key was copied", "--json")
+    )
+    assert (data["id"], data["name"]) == (2, "Northgate")
+    assert data["revoked"].endswith("Z its key was copied")
+    assert [
+        member.name for member in founded.signed_roster().verify(founded.admissions[1].hub_key).members
+    ] == [
+        "St. Mary",
+        "Riverside",
+    ]
+    failed(hub, 3, "enrolment.unknown", "revoke", "Northgate", "--home", home, "--reason", "again")
 
 
 def test_a_hub_that_is_down_is_exit_6(tmp_path: Path, toml: Path) -> None:

@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from common import flower
 from common.errors import FailureError, RefusedError
+from server import round as round_module
 from server import rounds
 from server.desk import CoordinatorDesk
 from server.service import Hub
@@ -20,7 +23,7 @@ from tests.server.test_link import RunningAgent, wait_until
 from tests.server.test_rounds import exact_model
 
 
-def agent(hub: Hub, founded: Founded, hospital: Hospital) -> RunningAgent:
+def agent(hub: Hub, founded: Founded, hospital: "Hospital | Ward") -> RunningAgent:
     admission = founded.admissions[hospital.id]
     credentials = Credentials(
         founded.keys[hospital.id].tls_key_pem, admission.certificate_pem, admission.ca_pem
@@ -31,33 +34,99 @@ def agent(hub: Hub, founded: Founded, hospital: Hospital) -> RunningAgent:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "CONSENT_PERIOD_S", 0.02)
-    monkeypatch.setattr(rounds, "REPLY_MARGIN_S", 0.5)
+    monkeypatch.setattr(round_module, "REPLY_MARGIN_S", 0.5)
 
 
-def test_studies_run_one_after_the_other_over_the_link(tmp_path: Path) -> None:
+class Ward:
+    """One hospital that takes part in several studies: a machine for each, decisions by study."""
+
+    def __init__(self, founded: Founded, site: int) -> None:
+        self.id = site
+        self.decisions: dict[str, str] = {}
+        self.runs: dict[str, Hospital] = {}
+        self._founded = founded
+
+    def answer_message(self, message: flower.Message) -> flower.Message:
+        group = message.metadata.group_id
+        run = self.runs.setdefault(group, Hospital(self._founded, self.id))
+        run.decision = self.decisions.get(group, "approved")
+        return run.answer_message(message)
+
+
+def test_no_study_waits_for_another_one(tmp_path: Path) -> None:
     founded = found(tmp_path)
     hub = Hub(founded.home)
     hub.start()
-    hospitals = [Hospital(founded, site) for site in founded.admissions]
+    wards = [Ward(founded, site) for site in founded.admissions]
     try:
         with CoordinatorDesk(founded.coordinator) as desk, ExitStack() as agents:
-            for hospital in hospitals:
-                agents.enter_context(agent(hub, founded, hospital))
             digests = []
-            for name in ("first", "second"):
-                signed = founded.sign_study(name=name, privacy=WITHOUT_DP)
-                digests.append(desk.submit(signed.manifest_bytes, signed.signature).digest)
-            for digest in digests:
+            signed = [
+                founded.sign_study(name=name, privacy=WITHOUT_DP) for name in ("stuck", "first", "second")
+            ]
+            for ward in wards:
+                ward.decisions[signed[0].verify().digest.hex()] = "received"
+                agents.enter_context(agent(hub, founded, ward))
+            for one in signed:
+                digests.append(desk.submit(one.manifest_bytes, one.signature).digest)
+            for digest in digests[1:]:
                 last = list(desk.watch(digest))[-1]
                 assert (last.study.status, last.study.round, list(last.cohort)) == ("done", 3, [1, 2, 3])
                 assert [(site.decision, site.online) for site in last.sites] == [("approved", True)] * 3
                 state = load(desk.export(digest))
                 model = np.concatenate([state["weight"].ravel(), state["bias"].ravel()])
                 assert np.array_equal(model, exact_model([[1, 2, 3]] * 3))
+            assert hub.store.study(digests[0]).status == "waiting for approval"
+            desk.abort(digests[0], "not needed")
+            wait_until(lambda: all(w.runs[digests[0]].asked[-1] == "query.close" for w in wards))
     finally:
         hub.stop()
-    for hospital in hospitals:
-        assert hospital.asked.count("query.close") == 2
+    for ward in wards:
+        assert [ward.runs[digest].asked.count("query.close") for digest in digests] == [1, 1, 1]
+
+
+def test_a_site_that_was_away_is_told_what_has_ended(tmp_path: Path) -> None:
+    founded = found(tmp_path)
+    hub = Hub(founded.home)
+    hub.start()
+    hospitals = [Hospital(founded, site) for site in founded.admissions]
+    try:
+        with CoordinatorDesk(founded.coordinator) as desk, ExitStack() as agents:
+            for hospital in hospitals[:2]:
+                agents.enter_context(agent(hub, founded, hospital))
+            with agent(hub, founded, hospitals[2]):
+                signed = founded.sign_study(training__rounds=10_000, aggregation__rounds_max=10_000)
+                digest = desk.submit(signed.manifest_bytes, signed.signature).digest
+                wait_until(lambda: hub.store.study(digest).round >= 2)
+            desk.abort(digest, "wrong question")
+            wait_until(lambda: [h.asked[-1] for h in hospitals[:2]] == ["query.close"] * 2)
+            assert "query.close" not in hospitals[2].asked
+            assert hospitals[2].site is not None
+            assert not hospitals[2].site.closed
+            with agent(hub, founded, hospitals[2]):
+                wait_until(lambda: hub.store.study(digest).closed == "[1, 2, 3]")
+            assert hospitals[2].site.closed
+    finally:
+        hub.stop()
+
+
+def test_a_revoked_sites_stream_is_cut_at_once_and_refused_after(tmp_path: Path) -> None:
+    founded = found(tmp_path)
+    hub = Hub(founded.home)
+    hub.start()
+    hospital = Hospital(founded, 2)
+    try:
+        with agent(hub, founded, hospital) as running:
+            wait_until(lambda: 2 in hub.online())
+            hub.store.revoke_site("Northgate", "2026-01-01T00:00Z", "its key was copied")
+            began = time.monotonic()
+            wait_until(lambda: 2 not in hub.online())
+            assert time.monotonic() - began < 2
+            wait_until(lambda: not running.thread.is_alive())
+            assert isinstance(running.error, RefusedError)
+            assert "the admission of 'Northgate' was revoked" in running.error.problem
+    finally:
+        hub.stop()
 
 
 def test_a_payload_altered_on_the_way_ends_the_round_and_not_the_hub(tmp_path: Path) -> None:
@@ -81,7 +150,8 @@ def test_a_payload_altered_on_the_way_ends_the_round_and_not_the_hub(tmp_path: P
             digest = desk.submit(signed.manifest_bytes, signed.signature).digest
             last = list(desk.watch(digest))[-1]
             assert (last.study.status, last.study.round) == ("failed", 0)
-            assert last.study.detail == "hospitals [2] have not uploaded"
+            problem = "2 hospitals can be summed together, and the study needs 3"
+            assert last.study.detail == f"3 rounds in a row were lost, the last because {problem}"
             assert [info.status for info in desk.studies()] == ["failed"]
     finally:
         hub.stop()

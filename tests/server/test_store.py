@@ -45,8 +45,11 @@ def study(digest: str = "a" * 64, **changes: object) -> StudyRow:
     return StudyRow(**(values | changes))
 
 
-def checkpoint(number: int) -> Checkpoint:
-    return Checkpoint(number, 1, (1, 3), b"c" * 32, b"s" * 32, b"m" * 32, f"state {number}".encode(), 0.25)
+def checkpoint(number: int, step: int) -> Checkpoint:
+    digests = (b"c" * 32, b"s" * 32, b"m" * 32)
+    return Checkpoint(
+        number, step, 1, (1, 3), *digests, f"state {step}".encode(), f"m_t {step}".encode(), 0.25
+    )
 
 
 def test_the_file_is_durable_and_survives(tmp_path: Path) -> None:
@@ -120,27 +123,76 @@ def test_decisions_are_kept_by_site(store: Store) -> None:
     assert store.study("a" * 64).decisions == '{"2": "received", "10": "approved"}'
 
 
-def test_a_round_and_its_model_are_one_transaction(store: Store) -> None:
+def test_a_round_its_model_and_the_strategy_are_one_transaction(store: Store) -> None:
     store.add_study(study())
-    for number in (1, 2):
-        store.add_round("a" * 64, checkpoint(number))
-        assert store.study("a" * 64).round == number
-    with pytest.raises(Exception, match="UNIQUE"):
-        store.add_round("a" * 64, checkpoint(2))
-    # A round of a study that is not there leaves nothing behind.
-    with pytest.raises(Exception, match="No row"):
-        store.add_round("b" * 64, checkpoint(1))
+    assert store.strategy("a" * 64) == b""
+    for step in (1, 2):
+        assert store.start_round("a" * 64) == step
+        store.complete_round("a" * 64, checkpoint(step, step))
+        assert store.study("a" * 64).round == step
+    # A round that was never started, or of a study that is not there, leaves nothing behind.
+    for digest, number in (("a" * 64, 3), ("b" * 64, 1)):
+        with pytest.raises(Exception, match="No row"):
+            store.complete_round(digest, checkpoint(number, number))
     assert store.rounds("b" * 64) == []
-    assert [row.round for row in store.rounds("a" * 64)] == [1, 2]
-    assert [row.round for row in store.rounds("a" * 64, after=1)] == [2]
+    assert [row.step for row in store.rounds("a" * 64)] == [1, 2]
+    assert [row.step for row in store.rounds("a" * 64, after=1)] == [2]
     assert store.state("a" * 64) == b"state 2"
     assert store.state("a" * 64, 1) == b"state 1"
+    assert store.strategy("a" * 64) == b"m_t 2"
 
 
-def test_listing_rounds_leaves_the_models_on_disk(store: Store) -> None:
+def test_numbers_go_on_after_lost_rounds_and_restarts(store: Store) -> None:
     store.add_study(study())
-    store.add_round("a" * 64, checkpoint(1))
+    store.add_study(study("b" * 64))
+    assert [store.start_round("a" * 64) for _ in range(3)] == [1, 2, 3]
+    assert store.start_round("b" * 64) == 1
+    store.lose_round("a" * 64, 1, "two hospitals were silent")
+    store.complete_round("a" * 64, checkpoint(3, 1))
+    rows = [(row.number, row.step, row.lost) for row in store.started("a" * 64)]
+    assert rows == [(1, None, "two hospitals were silent"), (2, None, ""), (3, 1, "")]
+    assert [row.number for row in store.rounds("a" * 64)] == [3]
+    assert store.state("a" * 64) == b"state 1"
+
+
+def test_a_setup_is_kept_before_and_after_its_pairs_are_known(store: Store) -> None:
+    store.add_study(study())
+    store.keep_setup("a" * 64, b"directory", None)
+    assert (store.study("a" * 64).directory, store.study("a" * 64).pairs) == (b"directory", "")
+    store.keep_setup("a" * 64, b"directory", [(2, 3), (1, 2)])
+    assert store.study("a" * 64).pairs == "[[1, 2], [2, 3]]"
+
+
+def test_who_has_erased_a_run_is_remembered_once(store: Store) -> None:
+    store.add_study(study())
+    for site in (3, 1, 3):
+        store.closed_at("a" * 64, site)
+    assert store.study("a" * 64).closed == "[1, 3]"
+
+
+def test_a_revoked_site_leaves_the_roster_and_keeps_its_name(store: Store) -> None:
+    store.add_site(site(1))
+    store.add_site(site(2))
+    name = store.sites()[0].name
+    store.revoke_site(name, "2026-01-01T00:00Z", "its key was copied")
+    assert [row.id for row in store.sites()] == [2]
+    assert [(row.id, row.revoked) for row in store.sites(revoked=True)] == [
+        (1, "2026-01-01T00:00Z its key was copied")
+    ]
+    assert store.next_site_id() == 3
+    for unknown in (name, "Nobody"):
+        with pytest.raises(RefusedError, match="no site named"):
+            store.revoke_site(unknown, "2026-01-01T00:00Z", "again")
+    with pytest.raises(RefusedError, match="admitted already"):
+        store.add_site(site(1))
+
+
+def test_listing_leaves_models_and_documents_on_disk(store: Store) -> None:
+    store.add_study(study())
+    store.start_round("a" * 64)
+    store.complete_round("a" * 64, checkpoint(1, 1))
     assert "state" not in store.rounds("a" * 64)[0].__dict__
+    assert "manifest" not in store.studies()[0].__dict__
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -197,6 +249,8 @@ def test_nothing_but_the_declared_columns_is_stored(store: Store, tmp_path: Path
         }
     database.close()
     assert tables["rounds"] == {
-        "study", "round", "attempt", "cohort", "context", "sum_digest", "model_digest", "state", "seconds",
+        "study", "number", "step", "lost", "attempt", "cohort", "context", "sum_digest", "model_digest", "state",
+        "seconds",
     }  # fmt: skip
-    assert set(tables) == {"sites", "studies", "rounds"}
+    assert tables["strategies"] == {"study", "state"}
+    assert set(tables) == {"sites", "studies", "rounds", "strategies"}

@@ -9,17 +9,14 @@ import pytest
 from common import identity, link_pb2, link_pb2_grpc
 from common.errors import RefusedError, UnreachableError, UsageError, VerificationError, WardroundError
 from common.study import Party, SignedManifest
+from server import desk as desk_module
 from server.desk import CoordinatorDesk
+from server.rounds import StudyRun
 from server.service import Hub
-from server.store import Checkpoint
 from server.studies import STATE_CHUNK_BYTES
 from tests.conftest import Pki
 from tests.server.conftest import RunningHub
-from tests.server.hospitals import found
-
-
-def checkpoint(number: int, state: bytes = b"model") -> Checkpoint:
-    return Checkpoint(number, 1, (1, 3), b"c" * 32, b"s" * 32, b"m" * 32, state, number / 4)
+from tests.server.hospitals import complete, found
 
 
 def channel(running: RunningHub, key: bytes | None, certificate: bytes | None) -> grpc.Channel:
@@ -142,8 +139,9 @@ def test_an_abort_needs_a_reason_and_a_running_study(running: RunningHub) -> Non
     assert (event.study.status, event.study.detail) == ("aborted", "wrong question")
 
 
-def test_watch_tells_every_round_in_order(running: RunningHub) -> None:
-    running.submit(name="holds the queue")
+def test_watch_tells_every_round_in_order(running: RunningHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The rounds are this test's, not the hub's.
+    monkeypatch.setattr(StudyRun, "run", lambda _self: None)
     digest = running.submit(name="to watch")
     store = running.hub.store
     events = running.desk.watch(digest)
@@ -160,8 +158,8 @@ def test_watch_tells_every_round_in_order(running: RunningHub) -> None:
 
     def play() -> None:
         store.set_status(digest, "running")
-        for number in range(1, 31):
-            store.add_round(digest, checkpoint(number))
+        for _ in range(30):
+            complete(store, digest)
         store.set_status(digest, "done")
 
     player = threading.Thread(target=play)
@@ -180,12 +178,39 @@ def test_a_model_is_exported_whole(running: RunningHub) -> None:
     with pytest.raises(RefusedError, match="no such completed round"):
         running.desk.export(digest)
     large = bytes(range(256)) * (STATE_CHUNK_BYTES // 100)
-    running.hub.store.add_round(digest, checkpoint(1, b"first"))
-    running.hub.store.add_round(digest, checkpoint(2, large))
+    complete(running.hub.store, digest, b"first")
+    complete(running.hub.store, digest, large)
     assert running.desk.export(digest) == running.desk.export(digest, 2) == large
     assert running.desk.export(digest, 1) == b"first"
     with pytest.raises(RefusedError, match="no such completed round"):
         running.desk.export(digest, 3)
+
+
+def test_a_study_is_shown_with_every_round_that_was_started(running: RunningHub) -> None:
+    signed = running.founded.sign_study(name="to show")
+    digest = running.desk.submit(signed.manifest_bytes, signed.signature).digest
+    store = running.hub.store
+    store.lose_round(digest, store.start_round(digest), "two hospitals were silent")
+    complete(store, digest)
+    store.start_round(digest)
+    manifest, detail = running.desk.show(digest)
+    assert manifest == signed.verify()
+    assert detail.study.name == "to show"
+    assert [site.name for site in detail.sites] == ["St. Mary", "Northgate", "Riverside"]
+    told = [(r.number, r.step, list(r.cohort), r.lost) for r in detail.rounds]
+    assert told == [(1, 0, [], "two hospitals were silent"), (2, 1, [1, 3], ""), (3, 0, [], "")]
+    with pytest.raises(RefusedError, match="there is no study"):
+        running.desk.show("0" * 64)
+
+
+def test_a_hub_that_is_stopped_but_not_gone_is_noticed(
+    running: RunningHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = running.submit(name="to hear of")
+    monkeypatch.setattr(desk_module, "SILENCE_S", 0.5)
+    # Signs of life come less often than that now: to the watcher this is a hub that stands still.
+    with pytest.raises(UnreachableError):
+        list(running.desk.watch(digest))
 
 
 def test_a_watcher_of_a_hub_that_stops_is_told_to_try_again(tmp_path: Any) -> None:

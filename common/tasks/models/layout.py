@@ -8,6 +8,7 @@ depends on the model and the contract alone, never on data; a flat vector is flo
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from common.encoding import digest, u16, u64
 from common.errors import VerificationError
 from common.study import Model
 
-ITEM_SIZE_BYTES: Final[dict[str, int]] = {"float32": 4}
+ITEM_SIZE_BYTES: Final[dict[str, int]] = {"float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "float64"] = "float32"
 
     @property
     def size(self) -> int:
@@ -45,12 +46,15 @@ def layout(model: Model, contract: Contract) -> Layout:
     """The tensors of ``model`` for inputs of ``contract``, in the order of the flat vector.
 
     Logistic regression is multinomial: one row of weights for each class, also for two classes, so that one
-    loss (softmax cross-entropy) serves all labels. ``weight`` [classes, width], ``bias`` [classes].
+    loss (softmax cross-entropy) serves all labels. ``weight`` [classes, width], ``bias`` [classes]. An MLP is
+    an ``nn.Sequential`` of such layers, activations between them: ``0.weight``, ``0.bias``, ``2.weight``...
     """
-    match model.kind:
-        case "logistic_regression":
-            classes = len(contract.label.classes)
-            return (Tensor("weight", (classes, contract.width)), Tensor("bias", (classes,)))
+    widths = (contract.width, *(model.hidden if model.kind == "mlp" else ()), len(contract.label.classes))
+    tensors: list[Tensor] = []
+    for index, (inputs, outputs) in enumerate(pairwise(widths)):
+        prefix = f"{2 * index}." if model.kind == "mlp" else ""
+        tensors += [Tensor(f"{prefix}weight", (outputs, inputs)), Tensor(f"{prefix}bias", (outputs,))]
+    return tuple(tensors)
 
 
 def size(tensors: Sequence[Tensor]) -> int:
@@ -75,8 +79,7 @@ def layout_digest(tensors: Sequence[Tensor]) -> bytes:
 def flatten(values: Mapping[str, npt.ArrayLike], tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:
     """All tensors, in layout order and row-major, as one new float64 vector of length d.
 
-    Guarantee: flatten_inverts_unflatten - flatten(unflatten(v)) is v, bit for bit.
-
+    Guarantee: flat_vectors_are_in_layout_order - whatever the order of ``values``, and bit for bit.
     Raises: VerificationError when a tensor is missing, unknown or of another shape.
     """
     expected = {tensor.name for tensor in tensors}
@@ -97,23 +100,3 @@ def flatten(values: Mapping[str, npt.ArrayLike], tensors: Sequence[Tensor]) -> n
         vector[start : start + tensor.size] = array.reshape(-1)
         start += tensor.size
     return vector
-
-
-def unflatten(
-    vector: npt.NDArray[np.float64], tensors: Sequence[Tensor]
-) -> dict[str, npt.NDArray[np.float64]]:
-    """The named tensors inside a flat vector [d], as float64 copies; storing casts them to their dtype.
-
-    Raises: VerificationError when the vector's length is not d.
-    """
-    if vector.shape != (size(tensors),):
-        raise VerificationError(
-            "layout.length", f"the vector has shape {vector.shape}, the layout needs ({size(tensors)},)"
-        )
-    values: dict[str, npt.NDArray[np.float64]] = {}
-    start = 0
-    for tensor in tensors:
-        part = vector[start : start + tensor.size]
-        values[tensor.name] = np.array(part, dtype=np.float64).reshape(tensor.shape)
-        start += tensor.size
-    return values

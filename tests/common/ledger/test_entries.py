@@ -2,7 +2,7 @@
 
 import json
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ from common.encoding import canonical_json
 from common.errors import RefusedError, UsageError, VerificationError
 from common.identity import key_text, new_signing_key, public_key
 from common.ledger import entries
-from common.ledger.entries import Approval, Charge, Entry, History, Opened, Outcome, placed
+from common.ledger.entries import Approval, Charge, Entry, History, Opened, Outcome, Pause, placed
 from common.privacy.events import Event
 
 ACTOR = key_text(public_key(new_signing_key()))
@@ -51,8 +51,12 @@ def approval() -> Approval:
     return Approval(actor=ACTOR, manifest=DIGEST, decision="approved", reason="Board of 1 March: yes")
 
 
+def pause(decision: Literal["paused", "resumed"] = "paused") -> Pause:
+    return Pause(actor=ACTOR, decision=decision, reason="Dr. Roe: maintenance")
+
+
 ALL: list[Entry] = [
-    placed(entry, seq, TIME) for seq, entry in enumerate([opened(), approval(), charge(), outcome()])
+    placed(entry, seq, TIME) for seq, entry in enumerate([opened(), approval(), charge(), outcome(), pause()])
 ]
 
 
@@ -136,6 +140,8 @@ def test_reasons_are_one_visible_line(reason: str) -> None:
         entries.check_reason(reason)
     with pytest.raises(ValidationError):
         Approval(actor=ACTOR, manifest=DIGEST, decision="denied", reason=reason)
+    with pytest.raises(ValidationError):
+        Pause(actor=ACTOR, decision="paused", reason=reason)
     for good in ("No.", "Nämnden säger nej", "x" * 500):
         assert entries.check_reason(good) == good
 
@@ -203,15 +209,21 @@ def test_history_is_checked(data: st.DataObject) -> None:
     registers = [f"{i:032x}" for i in range(2)]
     ids = [f"{i:032x}" for i in range(3)]
     history, open_registers, charged, size = History(), set[str](), set[str](), 0
+    paused = False
     for _ in range(data.draw(st.integers(1, 12))):
         register, event = data.draw(st.sampled_from(registers)), data.draw(st.sampled_from(ids))
         entry, allowed = data.draw(
             st.sampled_from(
                 [
                     (opened(register), register not in open_registers),
-                    (charge(event, register), register in open_registers and event not in charged),
+                    (
+                        charge(event, register),
+                        not paused and register in open_registers and event not in charged,
+                    ),
                     (outcome(event), event in charged),
                     (approval(), True),
+                    (pause(), not paused),
+                    (pause("resumed"), paused),
                 ]
             )
         )
@@ -228,6 +240,36 @@ def test_history_is_checked(data: st.DataObject) -> None:
             open_registers.add(register)
         elif isinstance(entry, Charge):
             charged.add(event)
+        elif isinstance(entry, Pause):
+            paused = not paused
+
+
+def test_nothing_is_charged_while_paused() -> None:
+    history = History()
+    story: list[tuple[Entry, str]] = [
+        (opened(), ""),
+        (pause("resumed"), "ledger.pause"),
+        (pause(), ""),
+        (pause(), "ledger.pause"),
+        (charge(), "ledger.paused"),
+        (approval(), ""),
+        (pause("resumed"), ""),
+        (charge(), ""),
+        (pause(), ""),
+        # What was charged before may be told during the pause.
+        (outcome(), ""),
+    ]
+    seq = 0
+    for entry, refusal in story:
+        entry = placed(entry, seq, TIME)
+        if refusal:
+            with pytest.raises(RefusedError) as caught:
+                history.check(entry)
+            assert caught.value.code == refusal
+            continue
+        history.check(entry)
+        history.add(entry)
+        seq += 1
 
 
 def test_events_of_a_register() -> None:

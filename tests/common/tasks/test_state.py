@@ -52,7 +52,7 @@ def test_load_inverts_state_bytes(state):
         assert array.dtype == np.float32
         assert (array == state[name]).all()
         assert not np.signbit(array[array == 0]).any()
-        array += 1  # its own memory, writable
+        assert not array.flags.writeable
     assert model_digest(state, TENSORS) == model_digest(
         load_state(state_bytes(state, TENSORS), TENSORS, BOUND), TENSORS
     )
@@ -208,6 +208,38 @@ def test_other_dtypes_in_the_header_are_refused(dtype):
     }
     with pytest.raises(VerificationError):
         load_state(assemble(header, bytes(8 * width)), TENSORS, BOUND)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_form_is_that_of_safetensors(dtype):
+    # Long and odd names move the padding; more elements than fit into one block.
+    for names in (["a"], ["z", "0.weight", "0.bias"], ["x" * n for n in range(1, 20)]):
+        tensors = tuple(Tensor(name, (3, 7 * i + 1), dtype) for i, name in enumerate(names))
+        state = {t.name: np.random.default_rng(1).normal(size=t.shape).astype(dtype) for t in tensors}
+        assert state_bytes(state, tensors) == safetensors.numpy.save(state)
+        loaded = load_state(state_bytes(state, tensors), tensors, 1e9)
+        assert all((loaded[t.name] == state[t.name]).all() for t in tensors)
+
+
+def test_states_longer_than_a_block_are_whole():
+    tensors = (Tensor("w", (2, 70_001)), Tensor("b", (5,)))
+    state = {t.name: np.random.default_rng(2).normal(size=t.shape).astype(np.float32) for t in tensors}
+    state["w"][1, 70_000] = -0.0
+    positive = {name: value + np.float32(0) for name, value in state.items()}
+    data = state_bytes(state, tensors)
+    assert data == safetensors.numpy.save(positive)
+    assert model_digest(state, tensors) == digest(
+        "model", layout_digest(tensors), positive["w"].tobytes(), positive["b"].tobytes()
+    )
+    norm = np.linalg.norm(np.concatenate([state["w"].ravel(), state["b"]]).astype(np.float64))
+    check_state(state, tensors, norm * (1 + 1e-9))
+    with pytest.raises(VerificationError, match=r"state\.norm"):
+        check_state(state, tensors, norm * (1 - 1e-9))
+    with pytest.raises(VerificationError, match=r"state\.not-canonical"):
+        load_state(safetensors.numpy.save(state), tensors, 1e9)
+    state["w"][1, 70_000] = np.inf
+    with pytest.raises(VerificationError, match=r"state\.not-finite"):
+        state_bytes(state, tensors)
 
 
 def test_state_and_model_registry_import_no_torch():

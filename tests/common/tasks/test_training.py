@@ -1,4 +1,5 @@
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ features = [{features}]
 label = {{ name = "ill", classes = [{classes}] }}
 
 [model]
-kind = "logistic_regression"
+{model}
 
 [training]
 mode = "local"
@@ -64,14 +65,22 @@ codec = {{ bits = 32, step = 0.0001, range = 1000.0, rounding = "{rounding}" }}
 """
 PRIVATE = """kind = "dp"
 clip_norm = {clip}
-grid_step = 0.0009765625
+grid_step = {grid}
 noise_multiplier = 0.5
 max_patients = 200
-arithmetic = "f64_bounded"
+arithmetic = "{arithmetic}"
 """
+LOGISTIC = 'kind = "logistic_regression"'
+RELU = ((4,), "relu")
+MODELS = [((), ""), RELU, ((3, 5), "tanh"), ((2,), "gelu")]
+"""Widths of hidden layers and what follows them; none: logistic regression."""
 
 
-def make_study(*, private=True, steps=1, rate=1.0, clip=1.0, learning_rate=2.0, classes=3):
+def make_study(
+    *, private=True, steps=1, rate=1.0, clip=1.0, learning_rate=2.0, classes=3, hidden=(), activation="relu"
+):
+    mlp = f'kind = "mlp"\nhidden = {list(hidden)}\nactivation = "{activation}"'
+    arithmetic, grid = ("f32_assumed", 2.0**-12) if hidden else ("f64_bounded", 2.0**-10)
     names = "abcdefgh"
     return Study.from_toml(
         TOML.format(
@@ -84,7 +93,10 @@ def make_study(*, private=True, steps=1, rate=1.0, clip=1.0, learning_rate=2.0, 
             learning_rate=learning_rate,
             sampling="full" if rate == 1.0 else "poisson",
             rate=rate,
-            privacy=PRIVATE.format(clip=clip) if private else 'kind = "without_differential_privacy"',
+            model=mlp if hidden else LOGISTIC,
+            privacy=PRIVATE.format(clip=clip, arithmetic=arithmetic, grid=grid)
+            if private
+            else 'kind = "without_differential_privacy"',
             rounding="nearest" if private else "dither",
         )
     )
@@ -129,12 +141,10 @@ def make_gate(study, seed=0):
     return SpyGate(gate_params(study), seeded(seed))
 
 
-def make_state(seed=1, classes=3, scale=1.0):
+def make_state(seed=1, classes=3, scale=1.0, hidden=()):
     random = np.random.default_rng(seed)
-    return {
-        "weight": random.normal(0, scale, (classes, WIDTH)).astype(np.float32),
-        "bias": random.normal(0, scale, classes).astype(np.float32),
-    }
+    tensors = layout(make_study(classes=classes, hidden=hidden).model, make_study(classes=classes).contract)
+    return {t.name: random.normal(0, scale, t.shape).astype(np.float32) for t in tensors}
 
 
 def make_rows(seed, counts, classes=3):
@@ -147,31 +157,47 @@ def make_rows(seed, counts, classes=3):
 
 
 def flat(state):
-    return np.concatenate([state["weight"].reshape(-1), state["bias"]]).astype(np.float64)
+    return np.concatenate([value.reshape(-1) for value in state.values()]).astype(np.float64)
 
 
-def naive_vector(weights, x, y, classes):
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": torch.nn.functional.gelu}
+
+
+def logits(w, row, classes, hidden, activation):
+    """The layers written out on the flat vector: weights of a layer, then its biases."""
+    widths, at = [WIDTH, *hidden, classes], 0
+    for inputs, outputs in pairwise(widths):
+        if at:
+            row = ACTIVATIONS[activation](row)
+        end = at + inputs * outputs
+        row = w[at:end].view(outputs, inputs) @ row + w[end : end + outputs]
+        at = end + outputs
+    assert at == len(w)
+    return row
+
+
+def naive_vector(weights, x, y, classes, hidden=(), activation="relu"):
     """Gradient over all rows of one patient by torch.autograd, one row at a time."""
     total = np.zeros(len(weights))
     for row, label in zip(x, y, strict=True):
         if not 0 <= label < classes:
             continue
         w = torch.tensor(weights, requires_grad=True)
-        logits = w[: classes * WIDTH].view(classes, WIDTH) @ torch.tensor(row) + w[classes * WIDTH :]
-        loss = cross_entropy(logits[None], torch.tensor([label]), reduction="sum")
+        found = logits(w, torch.tensor(row), classes, hidden, activation)
+        loss = cross_entropy(found[None], torch.tensor([label]), reduction="sum")
         with np.errstate(all="ignore"):
             total = total + torch.autograd.grad(loss, w)[0].numpy()
     return total
 
 
-def naive_sum(weights, x, y, patients, clip_norm, chosen=None, classes=3):
+def naive_sum(weights, x, y, patients, clip_norm, chosen=None, classes=3, hidden=(), activation="relu"):
     """The definition: for each patient whose coin fell sum, zero if not finite, clip, add."""
     total = np.zeros(len(weights))
     for number, patient in enumerate(sorted(set(patients.tolist()))):
         if chosen is not None and not chosen[number]:
             continue
         mine = patients == patient
-        vector = naive_vector(weights, x[mine], y[mine], classes)
+        vector = naive_vector(weights, x[mine], y[mine], classes, hidden, activation)
         if not np.isfinite(vector).all():
             continue
         largest = np.abs(vector).max()
@@ -188,7 +214,7 @@ def train(study, rows, gate, state=None, progress=lambda done, steps: None):
     return train_local(state or make_state(), *rows, study, gate, progress)
 
 
-def agrees(study, rows, gate, state, classes=3):
+def agrees(study, rows, gate, state, classes=3, hidden=(), activation="relu"):
     """Follow the iterates with the naive sums and the gate's own releases."""
     delta = train(study, rows, gate, state)
     weights = flat(state)
@@ -196,7 +222,7 @@ def agrees(study, rows, gate, state, classes=3):
     factor = study.training.learning_rate / (study.training.sampling_rate * study.training.patients_public)
     assert len(gate.sums) == study.training.steps
     for chosen, total, released in zip(gate.chosen, gate.sums, gate.released, strict=True):
-        expected = naive_sum(weights, *rows, study.privacy.clip_norm, chosen, classes)
+        expected = naive_sum(weights, *rows, study.privacy.clip_norm, chosen, classes, hidden, activation)
         assert close(total, expected, max(1, len(chosen)) * study.privacy.clip_norm)
         weights = weights - factor * released
     assert close(delta, weights - start)
@@ -205,7 +231,7 @@ def agrees(study, rows, gate, state, classes=3):
 counts_of_patients = st.lists(st.integers(1, 6), min_size=0, max_size=8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     counts=counts_of_patients,
     seed=st.integers(0, 1000),
@@ -214,14 +240,18 @@ counts_of_patients = st.lists(st.integers(1, 6), min_size=0, max_size=8)
     clip=st.sampled_from([0.5, 1.0, 100.0]),
     classes=st.sampled_from([2, 3]),
     piece_rows=st.sampled_from([1, 3, 10**6]),
+    model=st.sampled_from(MODELS),
 )
-def test_agrees_with_a_naive_patient_loop(counts, seed, steps, rate, clip, classes, piece_rows):
-    study = make_study(steps=steps, rate=rate, clip=clip, classes=classes)
+def test_agrees_with_a_naive_patient_loop(counts, seed, steps, rate, clip, classes, piece_rows, model):
+    hidden, activation = model
+    study = make_study(
+        steps=steps, rate=rate, clip=clip, classes=classes, hidden=hidden, activation=activation
+    )
     rows = make_rows(seed, counts, classes)
-    state = make_state(seed, classes)
+    state = make_state(seed, classes, hidden=hidden)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "PIECE_SIZE_BYTES", 8 * classes * (WIDTH + 1) * piece_rows)
-        agrees(study, rows, make_gate(study, seed), state, classes)
+        patch.setattr(training, "PIECE_SIZE_BYTES", 8 * len(flat(state)) * piece_rows)
+        agrees(study, rows, make_gate(study, seed), state, classes, hidden, activation)
 
 
 @pytest.mark.parametrize("value", [1e6, 1e100, -1e100, 1e130])
@@ -262,17 +292,19 @@ def test_patients_are_clipped_whole():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("piece_rows", [1, 10**6])
-def test_a_nan_row_changes_only_its_patient(bad, piece_rows, monkeypatch):
+@pytest.mark.parametrize(("hidden", "activation"), MODELS)
+def test_a_nan_row_changes_only_its_patient(bad, piece_rows, hidden, activation, monkeypatch):
     monkeypatch.setattr(training, "PIECE_SIZE_BYTES", 8 * 12 * piece_rows)
-    study = make_study()
+    study, state = make_study(hidden=hidden, activation=activation), make_state(hidden=hidden)
     x, y, patients = make_rows(5, [2, 3, 1, 4])
     victim = patients[0]
     without = patients != victim
     x[0, 1] = bad
     dirty, clean = make_gate(study), make_gate(study)
-    train(study, (x, y, patients), dirty)
-    train(study, (x[without], y[without], patients[without]), clean)
+    train(study, (x, y, patients), dirty, state)
+    train(study, (x[without], y[without], patients[without]), clean, state)
     assert np.isfinite(dirty.sums[0]).all()
+    assert dirty.sums[0].any()
     assert close(dirty.sums[0], clean.sums[0])
     # The bad row takes the patient's good rows with it: half a patient would be another vector.
     assert (patients == victim).sum() > 1
@@ -308,7 +340,8 @@ def test_unusable_labels_are_left_out_and_their_patients_still_toss_coins():
 @settings(max_examples=25, deadline=None)
 @given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=12), seed=st.integers(0, 10**6))
 def test_neighbours_differ_by_at_most_delta_g_on_the_grid(counts, seed):
-    study = make_study(clip=0.5)
+    hidden = [(), (5,)][seed % 3 == 0]
+    study = make_study(clip=0.5, hidden=hidden)
     params = gate_params(study)
     x, y, patients = make_rows(seed, counts)
     random = np.random.default_rng(seed)
@@ -316,7 +349,7 @@ def test_neighbours_differ_by_at_most_delta_g_on_the_grid(counts, seed):
         x *= 10.0 ** random.integers(-3, 6, (len(x), 1))
     keep = patients != random.choice(patients)
     with_p, without_p = make_gate(study), make_gate(study)
-    state = make_state(seed, scale=10.0)
+    state = make_state(seed, scale=10.0, hidden=hidden)
     train(study, (x, y, patients), with_p, state)
     train(study, (x[keep], y[keep], patients[keep]), without_p, state)
     a, b = with_p.sums[0], without_p.sums[0]
@@ -325,19 +358,21 @@ def test_neighbours_differ_by_at_most_delta_g_on_the_grid(counts, seed):
 
 
 @pytest.mark.parametrize("n", [0, 3])
-def test_an_empty_batch_is_a_noised_step(n, monkeypatch):
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_an_empty_batch_is_a_noised_step(n, hidden, monkeypatch):
     monkeypatch.setattr(training, "weight_limit", lambda *_: np.inf)  # such steps leave any model behind
     # At this rate no coin of three falls in the first tosses of the seed.
-    study = make_study(steps=4, rate=0.001)
+    study, state = make_study(steps=4, rate=0.001, hidden=hidden), make_state(hidden=hidden)
+    dim = len(flat(state))
     gate = make_gate(study)
-    delta = train(study, make_rows(0, [1] * n), gate)
+    delta = train(study, make_rows(0, [1] * n), gate, state)
     assert [len(chosen) for chosen in gate.chosen] == [n] * 4
     assert not np.concatenate(gate.chosen).any()
     assert len(gate.sums) == 4
-    assert all(total.shape == (12,) and not total.any() for total in gate.sums)
+    assert all(total.shape == (dim,) and not total.any() for total in gate.sums)
     assert all(released.any() for released in gate.released)
     assert close(delta, -2.0 / (0.001 * 10) * sum(gate.released), 1e6)
-    assert gate.finish(delta, lambda d: np.rint(d).astype(np.int64)).q.shape == (12,)
+    assert gate.finish(delta, lambda d: np.rint(d).astype(np.int64)).q.shape == (dim,)
 
 
 def test_no_state_is_kept_between_calls(monkeypatch):
@@ -379,14 +414,15 @@ def test_no_state_is_kept_between_calls(monkeypatch):
     assert all(np.linalg.norm(total) <= 4 * (1 + 1e-9) for total in again.sums)
 
 
-def test_the_torch_seed_reaches_nothing():
-    study = make_study(steps=2, rate=0.5)
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_the_torch_seed_reaches_nothing(hidden):
+    study, state = make_study(steps=2, rate=0.5, hidden=hidden), make_state(hidden=hidden)
     rows = make_rows(9, [2, 1, 3])
     results = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        results.append(train(study, rows, make_gate(study, 3)))
+        results.append(train(study, rows, make_gate(study, 3), state))
         assert (torch.get_rng_state() == before).all()
     assert (results[0] == results[1]).all()
 
@@ -405,14 +441,18 @@ def test_two_hospitals_with_one_torch_seed_have_independent_noise():
     assert (np.abs(noise[0] - noise[1]) > 0.05).sum() >= 8
 
 
-def test_without_privacy_it_is_plain_full_batch_descent():
-    study = make_study(private=False, steps=3, learning_rate=0.7)
+@pytest.mark.parametrize("hidden", [(), (4,)])
+def test_without_privacy_it_is_plain_full_batch_descent(hidden):
+    study = make_study(private=False, steps=3, learning_rate=0.7, hidden=hidden)
     x, y, patients = make_rows(2, [1, 4, 2])
     x[patients == patients[0]] *= 50
-    gate = PlainGate(PlainParams(dim=12, steps=3))
-    state = make_state()
+    state = make_state(hidden=hidden)
+    gate = PlainGate(PlainParams(dim=len(flat(state)), steps=3))
     delta = train(study, (x, y, patients), gate, state)
     model = nn.Linear(WIDTH, 3, dtype=torch.float64)
+    if hidden:
+        layers = [nn.Linear(WIDTH, 4), nn.ReLU(), nn.Linear(4, 3)]
+        model = nn.Sequential(*layers).to(torch.float64)
     model.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
     sgd = torch.optim.SGD(model.parameters(), lr=0.7)
     for _ in range(3):

@@ -1,0 +1,161 @@
+"""One round at the hub: ready, cohort, uploads, openings, with another attempt after each dropout.
+
+Source: PROTOCOL R0-R6, C1-C7. Rules: the cohort of an attempt is everybody who is ready and still there; a
+hospital that says it is unavailable, or whose upload is not whole in its time, is left out of the next
+attempt; an opening missing at the deadline loses the round; a lost round's number is never used again.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+
+from common import flower, messages
+from common.errors import FailureError, WardroundError
+from common.secagg import records
+from common.secagg.hub import HubRound
+from common.study import Aggregation
+from server.exchange import Exchange, only
+
+log = logging.getLogger("wardround.hub.rounds")
+
+REPLY_MARGIN_S: Final = 5.0
+ASK_AGAIN_S: Final = 0.5
+
+
+class RoundLost(FailureError):  # noqa: N818 - an outcome of the protocol, not a fault
+    """This round gives no sum; the next one has another number."""
+
+
+class _Uploads:
+    """The sink of one attempt: checks headers and adds chunks as they arrive."""
+
+    def __init__(self, round_: HubRound) -> None:
+        self._sum = round_.accumulator
+
+    def header(self, node_id: int, body: bytes) -> Sequence[int]:
+        """Take the header in front of a payload; the chunks that are still missing."""
+        reply = messages.decode_reply(messages.UPLOAD.message_type, body)
+        if not reply.available:
+            raise FailureError("rounds.upload", "a payload came without an upload header")
+        self._sum.add_header(node_id, only(reply.records, records.Upload))
+        return self._sum.missing_chunks(node_id)
+
+    def chunk(self, node_id: int, index: int, data: bytes) -> None:
+        """Add one chunk."""
+        self._sum.add_chunk(node_id, index, data)
+
+
+class Round:
+    """Carries the messages of one HubRound.
+
+    ``deadline`` is the monotonic time of the signed deadline; ``timing`` the study's.
+    """
+
+    def __init__(self, exchange: Exchange, round_: HubRound, timing: Aggregation) -> None:
+        self.attempts = 0
+        self._exchange = exchange
+        self._round = round_
+        self._timing = timing
+        self._deadline = time.monotonic() + timing.deadline_s
+
+    def run(self, sites: Collection[int], state: bytes) -> None:
+        """R0 to R5 with ``sites``; ``state`` is the model's file. Raises RoundLost."""
+        try:
+            self._ready(sites, state)
+            without: set[int] = set()
+            while without := self._attempt(without):
+                log.info("%s left out; another attempt", ", ".join(map(self._exchange.name, sorted(without))))
+            self._open()
+            self._round.finish()
+        except RoundLost:
+            raise
+        except WardroundError as error:
+            if error.code.startswith("secagg."):
+                raise RoundLost("rounds.lost", error.problem) from error
+            raise
+
+    def _ready(self, sites: Collection[int], state: bytes) -> None:
+        """R0 and R1. When a cohort is possible, the others have ``straggler_s`` more."""
+        exchange, round_, enough = self._exchange, self._round, [0.0]
+
+        def until() -> float:
+            if not enough[0] and len(round_.possible()) >= self._timing.minimum_hospitals:
+                enough[0] = time.monotonic() + self._timing.straggler_s
+            return enough[0] or float("inf")
+
+        exchange.collect(
+            messages.READY,
+            {site: exchange.request(messages.READY, round_.start) for site in sites},
+            self._timing.deadline_s + REPLY_MARGIN_S,
+            lambda site, found: round_.on_ready(site, only(found, records.Ready)),
+            attachment=flower.chunks(state),
+            until=until,
+        )
+
+    def _attempt(self, without: Collection[int]) -> set[int]:
+        """R2 and R3 of one attempt. Returns who has to be left out, or nothing when all have uploaded."""
+        exchange, round_ = self._exchange, self._round
+        cohort = round_.cohort(without)
+        self.attempts = cohort.attempt
+        requests = {site: exchange.request(messages.UPLOAD, cohort) for site in cohort.ids}
+        streaming = hasattr(exchange.grid, "sink")
+        if streaming:
+            exchange.grid.sink = _Uploads(round_)  # type: ignore[attr-defined]
+        gone: set[int] = set()
+        for site, reply, chunks in exchange.ask(
+            messages.UPLOAD,
+            requests,
+            self._timing.upload_s,
+            until=self._patience(lambda: round_.missing_uploads()),
+        ):
+            if not reply.available:
+                log.info("%s: unavailable for %s", exchange.name(site), messages.UPLOAD.message_type)
+                gone.add(site)
+                # This sum can't be opened any more: the others mask again at once.
+                break
+            if chunks:
+                self._add(site, only(reply.records, records.Upload), chunks)
+        missing = set(round_.missing_uploads())
+        return set(without) | (gone or missing) if missing else set()
+
+    def _add(self, site: int, header: records.Upload, chunks: Sequence[bytes]) -> None:
+        """Take a payload that came inside its reply, as other Grids bring it."""
+        try:
+            self._round.on_upload(site, header)
+            for index, chunk in enumerate(chunks):
+                self._round.on_chunk(site, index, chunk)
+        except WardroundError as error:
+            log.warning("%s: refused: %s", self._exchange.name(site), error)
+
+    def _open(self) -> None:
+        """R4 and R5. Asked again until the deadline: without one opening the round is lost for all."""
+        exchange, round_ = self._exchange, self._round
+        please = round_.open_please()
+        deadline = max(self._deadline, time.monotonic() + self._timing.upload_s)
+        while missing := round_.missing_openings():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                names = ", ".join(map(exchange.name, missing))
+                raise RoundLost("rounds.openings", f"{names} did not open")
+            exchange.collect(
+                messages.OPEN,
+                {site: exchange.request(messages.OPEN, please) for site in missing},
+                left_s,
+                lambda site, found: round_.on_open(site, only(found, records.Open)),
+            )
+            if round_.missing_openings():
+                exchange.pause(ASK_AGAIN_S)
+
+    def _patience(self, missing: Callable[[], Collection[int]]) -> Callable[[], float]:
+        """Until when to wait for ``missing``: when all of them are offline, ``straggler_s``."""
+        since: list[float] = []
+
+        def until() -> float:
+            if set(missing()) & set(self._exchange.online()):
+                since.clear()
+                return float("inf")
+            since[:] = since or [time.monotonic()]
+            return since[0] + self._timing.straggler_s
+
+        return until

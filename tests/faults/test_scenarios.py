@@ -1,0 +1,156 @@
+"""What people and machines do in the middle of a study: one federation of four, one study, one thing after another.
+
+Order matters: a late site, a silent site, a silent hub, a pause, a withdrawal, and at last an abort.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from common.ledger.entries import Approval
+from common.ledger.store import Ledger
+from server.desk import CoordinatorDesk
+from server.home import CoordinatorHome
+from server.processes import Processes
+from tests.faults.driver import GONE_S, Rig, Run, faulty_study, within
+from tests.faults.proxy import DOWN, UP, Fault
+
+BACK_S = 45.0
+SILENT_S = 8.0
+LOOK_S = 3.0
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder = tmp_path_factory.mktemp("scenarios")
+    with Processes(folder / "logs") as processes, Rig(folder, processes, hospitals=4, epsilon=20.0) as rig:
+        for proxy in rig.proxies.values():
+            proxy.pace_s = 0.1
+        study = faulty_study(rig.names, "scenarios", plain=False, rounds=900)
+        running = Run(rig, study)
+        # The fourth hospital shares its keys with everybody and is gone before the first round.
+        left = rig.proxies[4].arm(
+            Fault(UP, "reply", "query.confirms", 1, "call", late=True, then=lambda: rig.kill_agent(4))
+        )
+        running.begin()
+        assert left.fired.is_set()
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def sound(run: Run) -> Iterator[None]:
+    """Each scenario begins with a study that goes on, and leaves nothing behind that must not be."""
+    if run.ended():
+        pytest.fail(run.why("not tried, for the study has ended"))
+    yield
+    assert run.violations() == [], run.why("an invariant is broken")
+
+
+def cohorts(run: Run, after: int) -> list[list[int]]:
+    """The cohorts of the rounds completed past step ``after``."""
+    return [json.loads(row.cohort) for row in run.completed()[after:]]
+
+
+def wait_for_cohort(run: Run, wanted: list[int], why: str, seconds: float = BACK_S) -> float:
+    """Wait until a round is completed over just these sites; how long it took."""
+    began, after = time.monotonic(), len(run.completed())
+    assert within(seconds, lambda: wanted in cohorts(run, after) or run.ended(), 0.1), run.why(why)
+    assert not run.ended(), run.why(why)
+    return time.monotonic() - began
+
+
+def online(run: Run) -> dict[int, bool]:
+    """What the coordinator is told of each site."""
+    with CoordinatorDesk(CoordinatorHome(run.rig.hub_home.coordinator)) as desk:
+        event = next(iter(desk.watch(run.digest)))
+        return {site.id: site.online for site in event.sites}
+
+
+def site_command(run: Run, number: int, *arguments: str) -> None:
+    """A command of a site's command line, as a person runs it."""
+    home = str(run.rig.sites[number - 1].folder)
+    command, *rest = arguments
+    run.rig.processes.json("site", command, *rest, "--home", home, "--by", "a tester")
+
+
+def held_at_upload(run: Run, number: int, direction: str = DOWN) -> None:
+    """Return in the middle of a round: a site's upload is asked for, or answered, and that is held for 3 s."""
+    kind = "request" if direction == DOWN else "reply"
+    fault = run.rig.proxies[number].arm(Fault(direction, kind, "train.upload", 1, "delay", 3.0))
+    assert fault.fired.wait(20), run.why("no upload was asked for")
+
+
+def test_a_late_site_catches_up(run: Run) -> None:
+    wait_for_cohort(run, [1, 2, 3], "the study did not go on without the fourth")
+    assert within(20, lambda: len(run.completed()) >= 4), run.why("too few rounds")
+    assert all(4 not in cohort for cohort in cohorts(run, 0))
+    run.rig.up()
+    wait_for_cohort(run, [1, 2, 3, 4], "the late site is in no cohort")
+
+
+def test_a_silent_site_is_shown_and_comes_back(run: Run) -> None:
+    assert online(run) == dict.fromkeys((1, 2, 3, 4), True)
+    run.rig.stop(run.rig.agents[2])
+    try:
+        assert within(SILENT_S + LOOK_S, lambda: not online(run)[2], 0.2), run.why(
+            "shown as online all the time"
+        )
+        wait_for_cohort(run, [1, 3, 4], "the study did not go on without the silent site")
+    finally:
+        run.rig.go_on()
+    wait_for_cohort(run, [1, 2, 3, 4], "the site is not back")
+
+
+def test_a_silent_hub_is_noticed_and_found_again(run: Run) -> None:
+    before = [run.rig.log(f"site{number}").count("attached to the hub") for number in (1, 2, 3, 4)]
+    run.rig.stop(run.rig.hub)
+    try:
+        time.sleep(SILENT_S + LOOK_S)
+    finally:
+        run.rig.go_on()
+    wait_for_cohort(run, [1, 2, 3, 4], "the federation is not together again")
+    after = [run.rig.log(f"site{number}").count("attached to the hub") for number in (1, 2, 3, 4)]
+    # Each has given the silent stream up and has found the hub again.
+    assert all(new > old for new, old in zip(after, before, strict=True)), run.why("nobody noticed")
+
+
+def test_a_pause_in_the_middle_of_a_round(run: Run) -> None:
+    held_at_upload(run, 3)
+    site_command(run, 3, "pause", "--reason", "maintenance")
+    assert within(GONE_S, lambda: not run.rig.workers(3)), run.why("a worker of a paused site runs on")
+    wait_for_cohort(run, [1, 2, 4], "the study did not go on without the paused site")
+    after = len(run.completed())
+    assert within(20, lambda: len(run.completed()) >= after + 3), run.why("the study stands still")
+    assert all(3 not in cohort for cohort in cohorts(run, after))
+    site_command(run, 3, "resume")
+    wait_for_cohort(run, [1, 2, 3, 4], "the site is not back after its pause")
+
+
+def test_a_withdrawal_in_the_middle_of_a_round(run: Run) -> None:
+    held_at_upload(run, 4)
+    site_command(run, 4, "approve", run.digest, "--deny", "--reason", "consent withdrawn", "--yes")
+    assert within(GONE_S, lambda: not run.open_run(4)), run.why("the withdrawn run is not erased")
+    assert within(GONE_S, lambda: not run.rig.workers(4)), run.why("a worker of a withdrawn study runs on")
+    spent = set(run.rig.proxies[4].seen.sent)
+    wait_for_cohort(run, [1, 2, 3], "the study did not go on without the withdrawn site")
+    after = len(run.completed())
+    assert within(20, lambda: len(run.completed()) >= after + 3), run.why("the study stands still")
+    assert all(cohort == [1, 2, 3] for cohort in cohorts(run, after))
+    assert set(run.rig.proxies[4].seen.sent) == spent
+    with Ledger.open(run.rig.sites[3].ledger) as ledger:
+        said = [entry.decision for entry in ledger.entries() if isinstance(entry, Approval)]
+    assert said[-1] == "denied"
+
+
+def test_an_abort_in_the_middle_of_a_round_leaves_nothing(run: Run) -> None:
+    held_at_upload(run, 1, UP)
+    run.rig.abort(run.digest, "enough")
+    sites = (1, 2, 3, 4)
+    assert within(GONE_S, lambda: not any(map(run.rig.workers, sites))), run.why("workers run on")
+    assert within(2 * GONE_S, lambda: not any(map(run.open_run, sites))), run.why("a run is not erased")
+    assert (run.row().status, run.row().detail) == ("aborted", "enough")
+    assert run.end_violations() == [], run.why("something is left behind")
