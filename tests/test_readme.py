@@ -126,9 +126,12 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
             "x",
         )
     assert "done" in newcomer.run("study watch")
+    assert "round 3 of 3" in newcomer.run("study show")
     newcomer.run("study export")
     assert (folder / "model.safetensors").stat().st_size > 0
     assert "3 charges" in newcomer.run("site budget")
+    newcomer.run("site pause")
+    newcomer.run("site resume")
     assert newcomer.left == []
 
     (block,) = blocks("python")
