@@ -59,9 +59,13 @@ def split_labelled(label: str, data: bytes, what: str) -> list[bytes]:
     return parts[1:]
 
 
-def digest(label: str, *parts: bytes) -> bytes:
-    """H(label, parts): SHA-256 of the labelled encoding, 32 bytes."""
-    return hashlib.sha256(labelled(label, *parts)).digest()
+def digest(label: str, *parts: bytes | memoryview) -> bytes:
+    """H(label, parts): SHA-256 of the labelled encoding, 32 bytes, without a copy of large parts."""
+    total = hashlib.sha256()
+    for part in ((PREFIX + label).encode("ascii"), *parts):
+        total.update(u64(len(part)))
+        total.update(part)
+    return total.digest()
 
 
 def derive(key: bytes, label: str, *parts: bytes) -> bytes:

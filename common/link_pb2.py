@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x63ommon/link.proto\x12\x0cwardround.v1\">\n\x08Greeting\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\"z\n\x08\x45nvelope\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x14\n\x0cmessage_type\x18\x02 \x01(\t\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12\x18\n\x10\x61ttachment_bytes\x18\x05 \x01(\x04\x12\r\n\x05ttl_s\x18\x06 \x01(\x01\"H\n\x05\x43hunk\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"+\n\x04Want\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0f\n\x07indices\x18\x02 \x03(\r\"\x0b\n\tHeartbeat\"\xbd\x01\n\tSiteFrame\x12*\n\x08greeting\x18\x01 \x01(\x0b\x32\x16.wardround.v1.GreetingH\x00\x12\'\n\x05reply\x18\x02 \x01(\x0b\x32\x16.wardround.v1.EnvelopeH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.wardround.v1.ChunkH\x00\x12,\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.wardround.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"\xe2\x01\n\x08HubFrame\x12*\n\x08greeting\x18\x01 \x01(\x0b\x32\x16.wardround.v1.GreetingH\x00\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x16.wardround.v1.EnvelopeH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.wardround.v1.ChunkH\x00\x12\"\n\x04want\x18\x04 \x01(\x0b\x32\x12.wardround.v1.WantH\x00\x12,\n\theartbeat\x18\x05 \x01(\x0b\x32\x17.wardround.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"\x07\n\x05\x45mpty\"+\n\x08\x44ocument\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\" \n\x0eStudyReference\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\".\n\rExportRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\".\n\x0c\x41\x62ortRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"{\n\tStudyInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x11\n\tsubmitted\x18\x07 \x01(\t\"5\n\tStudyList\x12(\n\x07studies\x18\x01 \x03(\x0b\x32\x17.wardround.v1.StudyInfo\"H\n\nSiteStatus\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x03 \x01(\t\x12\x0e\n\x06online\x18\x04 \x01(\x08\"~\n\nStudyEvent\x12&\n\x05study\x18\x01 \x01(\x0b\x32\x17.wardround.v1.StudyInfo\x12\'\n\x05sites\x18\x02 \x03(\x0b\x32\x18.wardround.v1.SiteStatus\x12\x0e\n\x06\x63ohort\x18\x03 \x03(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"i\n\tRoundInfo\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0e\n\x06\x63ohort\x18\x04 \x03(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0c\n\x04lost\x18\x06 \x01(\t\"\xb1\x01\n\x0bStudyDetail\x12&\n\x05study\x18\x01 \x01(\x0b\x32\x17.wardround.v1.StudyInfo\x12(\n\x08manifest\x18\x02 \x01(\x0b\x32\x16.wardround.v1.Document\x12\'\n\x05sites\x18\x03 \x03(\x0b\x32\x18.wardround.v1.SiteStatus\x12\'\n\x06rounds\x18\x04 \x03(\x0b\x32\x17.wardround.v1.RoundInfo2E\n\x04Link\x12=\n\x06\x41ttach\x12\x17.wardround.v1.SiteFrame\x1a\x16.wardround.v1.HubFrame(\x01\x30\x01\x32\xb4\x03\n\x07Studies\x12\x35\n\x06Roster\x12\x13.wardround.v1.Empty\x1a\x16.wardround.v1.Document\x12\x39\n\x06Submit\x12\x16.wardround.v1.Document\x1a\x17.wardround.v1.StudyInfo\x12\x34\n\x04List\x12\x13.wardround.v1.Empty\x1a\x17.wardround.v1.StudyList\x12?\n\x04Show\x12\x1c.wardround.v1.StudyReference\x1a\x19.wardround.v1.StudyDetail\x12\x41\n\x05Watch\x12\x1c.wardround.v1.StudyReference\x1a\x18.wardround.v1.StudyEvent0\x01\x12<\n\x05\x41\x62ort\x12\x1a.wardround.v1.AbortRequest\x1a\x17.wardround.v1.StudyInfo\x12?\n\x06\x45xport\x12\x1b.wardround.v1.ExportRequest\x1a\x16.wardround.v1.Document0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x63ommon/link.proto\x12\x0cwardround.v1\">\n\x08Greeting\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\"z\n\x08\x45nvelope\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x14\n\x0cmessage_type\x18\x02 \x01(\t\x12\r\n\x05group\x18\x03 \x01(\t\x12\x0c\n\x04\x62ody\x18\x04 \x01(\x0c\x12\x18\n\x10\x61ttachment_bytes\x18\x05 \x01(\x04\x12\r\n\x05ttl_s\x18\x06 \x01(\x01\"8\n\x05\x43hunk\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"+\n\x04Want\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0f\n\x07indices\x18\x02 \x03(\r\"\x0b\n\tHeartbeat\"\xbd\x01\n\tSiteFrame\x12*\n\x08greeting\x18\x01 \x01(\x0b\x32\x16.wardround.v1.GreetingH\x00\x12\'\n\x05reply\x18\x02 \x01(\x0b\x32\x16.wardround.v1.EnvelopeH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.wardround.v1.ChunkH\x00\x12,\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.wardround.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"\xe2\x01\n\x08HubFrame\x12*\n\x08greeting\x18\x01 \x01(\x0b\x32\x16.wardround.v1.GreetingH\x00\x12)\n\x07request\x18\x02 \x01(\x0b\x32\x16.wardround.v1.EnvelopeH\x00\x12$\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x13.wardround.v1.ChunkH\x00\x12\"\n\x04want\x18\x04 \x01(\x0b\x32\x12.wardround.v1.WantH\x00\x12,\n\theartbeat\x18\x05 \x01(\x0b\x32\x17.wardround.v1.HeartbeatH\x00\x42\x07\n\x05\x66rame\"\x07\n\x05\x45mpty\"+\n\x08\x44ocument\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\" \n\x0eStudyReference\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\".\n\rExportRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\".\n\x0c\x41\x62ortRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"{\n\tStudyInfo\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x0e\n\x06rounds\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x11\n\tsubmitted\x18\x07 \x01(\t\"5\n\tStudyList\x12(\n\x07studies\x18\x01 \x03(\x0b\x32\x17.wardround.v1.StudyInfo\"H\n\nSiteStatus\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x03 \x01(\t\x12\x0e\n\x06online\x18\x04 \x01(\x08\"~\n\nStudyEvent\x12&\n\x05study\x18\x01 \x01(\x0b\x32\x17.wardround.v1.StudyInfo\x12\'\n\x05sites\x18\x02 \x03(\x0b\x32\x18.wardround.v1.SiteStatus\x12\x0e\n\x06\x63ohort\x18\x03 \x03(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"i\n\tRoundInfo\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0e\n\x06\x63ohort\x18\x04 \x03(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0c\n\x04lost\x18\x06 \x01(\t\"\xb1\x01\n\x0bStudyDetail\x12&\n\x05study\x18\x01 \x01(\x0b\x32\x17.wardround.v1.StudyInfo\x12(\n\x08manifest\x18\x02 \x01(\x0b\x32\x16.wardround.v1.Document\x12\'\n\x05sites\x18\x03 \x03(\x0b\x32\x18.wardround.v1.SiteStatus\x12\'\n\x06rounds\x18\x04 \x03(\x0b\x32\x17.wardround.v1.RoundInfo2E\n\x04Link\x12=\n\x06\x41ttach\x12\x17.wardround.v1.SiteFrame\x1a\x16.wardround.v1.HubFrame(\x01\x30\x01\x32\xb4\x03\n\x07Studies\x12\x35\n\x06Roster\x12\x13.wardround.v1.Empty\x1a\x16.wardround.v1.Document\x12\x39\n\x06Submit\x12\x16.wardround.v1.Document\x1a\x17.wardround.v1.StudyInfo\x12\x34\n\x04List\x12\x13.wardround.v1.Empty\x1a\x17.wardround.v1.StudyList\x12?\n\x04Show\x12\x1c.wardround.v1.StudyReference\x1a\x19.wardround.v1.StudyDetail\x12\x41\n\x05Watch\x12\x1c.wardround.v1.StudyReference\x1a\x18.wardround.v1.StudyEvent0\x01\x12<\n\x05\x41\x62ort\x12\x1a.wardround.v1.AbortRequest\x1a\x17.wardround.v1.StudyInfo\x12?\n\x06\x45xport\x12\x1b.wardround.v1.ExportRequest\x1a\x16.wardround.v1.Document0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,39 +36,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENVELOPE']._serialized_start=99
   _globals['_ENVELOPE']._serialized_end=221
   _globals['_CHUNK']._serialized_start=223
-  _globals['_CHUNK']._serialized_end=295
-  _globals['_WANT']._serialized_start=297
-  _globals['_WANT']._serialized_end=340
-  _globals['_HEARTBEAT']._serialized_start=342
-  _globals['_HEARTBEAT']._serialized_end=353
-  _globals['_SITEFRAME']._serialized_start=356
-  _globals['_SITEFRAME']._serialized_end=545
-  _globals['_HUBFRAME']._serialized_start=548
-  _globals['_HUBFRAME']._serialized_end=774
-  _globals['_EMPTY']._serialized_start=776
-  _globals['_EMPTY']._serialized_end=783
-  _globals['_DOCUMENT']._serialized_start=785
-  _globals['_DOCUMENT']._serialized_end=828
-  _globals['_STUDYREFERENCE']._serialized_start=830
-  _globals['_STUDYREFERENCE']._serialized_end=862
-  _globals['_EXPORTREQUEST']._serialized_start=864
-  _globals['_EXPORTREQUEST']._serialized_end=910
-  _globals['_ABORTREQUEST']._serialized_start=912
-  _globals['_ABORTREQUEST']._serialized_end=958
-  _globals['_STUDYINFO']._serialized_start=960
-  _globals['_STUDYINFO']._serialized_end=1083
-  _globals['_STUDYLIST']._serialized_start=1085
-  _globals['_STUDYLIST']._serialized_end=1138
-  _globals['_SITESTATUS']._serialized_start=1140
-  _globals['_SITESTATUS']._serialized_end=1212
-  _globals['_STUDYEVENT']._serialized_start=1214
-  _globals['_STUDYEVENT']._serialized_end=1340
-  _globals['_ROUNDINFO']._serialized_start=1342
-  _globals['_ROUNDINFO']._serialized_end=1447
-  _globals['_STUDYDETAIL']._serialized_start=1450
-  _globals['_STUDYDETAIL']._serialized_end=1627
-  _globals['_LINK']._serialized_start=1629
-  _globals['_LINK']._serialized_end=1698
-  _globals['_STUDIES']._serialized_start=1701
-  _globals['_STUDIES']._serialized_end=2137
+  _globals['_CHUNK']._serialized_end=279
+  _globals['_WANT']._serialized_start=281
+  _globals['_WANT']._serialized_end=324
+  _globals['_HEARTBEAT']._serialized_start=326
+  _globals['_HEARTBEAT']._serialized_end=337
+  _globals['_SITEFRAME']._serialized_start=340
+  _globals['_SITEFRAME']._serialized_end=529
+  _globals['_HUBFRAME']._serialized_start=532
+  _globals['_HUBFRAME']._serialized_end=758
+  _globals['_EMPTY']._serialized_start=760
+  _globals['_EMPTY']._serialized_end=767
+  _globals['_DOCUMENT']._serialized_start=769
+  _globals['_DOCUMENT']._serialized_end=812
+  _globals['_STUDYREFERENCE']._serialized_start=814
+  _globals['_STUDYREFERENCE']._serialized_end=846
+  _globals['_EXPORTREQUEST']._serialized_start=848
+  _globals['_EXPORTREQUEST']._serialized_end=894
+  _globals['_ABORTREQUEST']._serialized_start=896
+  _globals['_ABORTREQUEST']._serialized_end=942
+  _globals['_STUDYINFO']._serialized_start=944
+  _globals['_STUDYINFO']._serialized_end=1067
+  _globals['_STUDYLIST']._serialized_start=1069
+  _globals['_STUDYLIST']._serialized_end=1122
+  _globals['_SITESTATUS']._serialized_start=1124
+  _globals['_SITESTATUS']._serialized_end=1196
+  _globals['_STUDYEVENT']._serialized_start=1198
+  _globals['_STUDYEVENT']._serialized_end=1324
+  _globals['_ROUNDINFO']._serialized_start=1326
+  _globals['_ROUNDINFO']._serialized_end=1431
+  _globals['_STUDYDETAIL']._serialized_start=1434
+  _globals['_STUDYDETAIL']._serialized_end=1611
+  _globals['_LINK']._serialized_start=1613
+  _globals['_LINK']._serialized_end=1682
+  _globals['_STUDIES']._serialized_start=1685
+  _globals['_STUDIES']._serialized_end=2121
 # @@protoc_insertion_point(module_scope)

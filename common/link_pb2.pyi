@@ -31,16 +31,14 @@ class Envelope(_message.Message):
     def __init__(self, message_id: _Optional[str] = ..., message_type: _Optional[str] = ..., group: _Optional[str] = ..., body: _Optional[bytes] = ..., attachment_bytes: _Optional[int] = ..., ttl_s: _Optional[float] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("message_id", "index", "data", "digest")
+    __slots__ = ("message_id", "index", "data")
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    DIGEST_FIELD_NUMBER: _ClassVar[int]
     message_id: str
     index: int
     data: bytes
-    digest: bytes
-    def __init__(self, message_id: _Optional[str] = ..., index: _Optional[int] = ..., data: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, message_id: _Optional[str] = ..., index: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Want(_message.Message):
     __slots__ = ("message_id", "indices")

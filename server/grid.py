@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from common import flower, link_pb2
 from common.errors import FailureError, UnreachableError
-from server.link import Attachment, Link, Sink
+from server.link import Link, Sink
 
 
 class GrpcGrid(Grid):
@@ -52,21 +52,17 @@ class GrpcGrid(Grid):
         return sorted(self._link.online())
 
     def push_messages(self, messages: Iterable[flower.Message]) -> Iterable[str]:
-        """Send messages; equal attachments are cut and hashed once."""
-        attachments: dict[tuple[int, ...], Attachment] = {}
+        """Send messages; their ids in order."""
         message_ids = []
         for message in messages:
             message_id = uuid.uuid4().hex
-            attachment = None
-            if chunks := flower.attachment_of(message):
-                key = tuple(map(id, chunks))
-                attachment = attachments.get(key) or attachments.setdefault(key, Attachment(chunks))
+            attachment = flower.attachment_of(message)
             envelope = link_pb2.Envelope(
                 message_id=message_id,
                 message_type=message.metadata.message_type,
                 group=message.metadata.group_id,
                 body=flower.body_of(message),
-                attachment_bytes=attachment.size_bytes if attachment else 0,
+                attachment_bytes=sum(map(len, attachment)),
                 ttl_s=message.metadata.ttl,
             )
             flower.with_id(message, message_id)

@@ -8,7 +8,6 @@ comes back, under the same id, and of a payload only what is missing; who is sil
 """
 
 import asyncio
-import hashlib
 import logging
 import threading
 import time
@@ -62,27 +61,16 @@ class Sink(Protocol):
         """Take one chunk. Raises WardroundError to refuse it."""
 
 
-class Attachment:
-    """Chunks to send with a request; their digests are computed once for all sites."""
-
-    def __init__(self, chunks: Sequence[bytes]) -> None:
-        self.chunks = chunks
-        self.digests = [hashlib.sha256(chunk).digest() for chunk in chunks]
-        self.size_bytes = sum(map(len, chunks))
-
-    def frames(self, message_id: str) -> Iterable[link_pb2.HubFrame]:
-        """The chunk frames, in order."""
-        for index, (data, digest) in enumerate(zip(self.chunks, self.digests, strict=True)):
-            yield link_pb2.HubFrame(
-                chunk=link_pb2.Chunk(message_id=message_id, index=index, data=data, digest=digest)
-            )
+def _chunk_frames(message_id: str, chunks: Sequence[bytes]) -> Iterable[link_pb2.HubFrame]:
+    for index, data in enumerate(chunks):
+        yield link_pb2.HubFrame(chunk=link_pb2.Chunk(message_id=message_id, index=index, data=data))
 
 
 @dataclass
 class _Pending:
     node_id: int
     envelope: link_pb2.Envelope
-    attachment: Attachment | None
+    attachment: Sequence[bytes]
     sink: Sink | None
     deliver: Callable[[link_pb2.Envelope], None]
     expires: float
@@ -209,7 +197,7 @@ class Link(link_pb2_grpc.LinkServicer):
         self,
         node_id: int,
         envelope: link_pb2.Envelope,
-        attachment: Attachment | None,
+        attachment: Sequence[bytes],
         sink: Sink | None,
         deliver: Callable[[link_pb2.Envelope], None],
     ) -> None:
@@ -324,7 +312,7 @@ class Link(link_pb2_grpc.LinkServicer):
                     yield item
                 elif item.envelope.message_id in self._pending:
                     yield link_pb2.HubFrame(request=item.envelope)
-                    for frame in item.attachment.frames(item.envelope.message_id) if item.attachment else ():
+                    for frame in _chunk_frames(item.envelope.message_id, item.attachment):
                         yield frame
         finally:
             reader.cancel()

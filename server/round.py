@@ -7,8 +7,9 @@ attempt; an opening missing at the deadline loses the round; a lost round's numb
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 from common import flower, messages
 from common.errors import FailureError, WardroundError
@@ -99,25 +100,33 @@ class Round:
         cohort = round_.cohort(without)
         self.attempts = cohort.attempt
         requests = {site: exchange.request(messages.UPLOAD, cohort) for site in cohort.ids}
-        streaming = hasattr(exchange.grid, "sink")
-        if streaming:
-            exchange.grid.sink = _Uploads(round_)  # type: ignore[attr-defined]
         gone: set[int] = set()
-        for site, reply, chunks in exchange.ask(
-            messages.UPLOAD,
-            requests,
-            self._timing.upload_s,
-            until=self._patience(lambda: round_.missing_uploads()),
-        ):
-            if not reply.available:
-                log.info("%s: unavailable for %s", exchange.name(site), messages.UPLOAD.message_type)
-                gone.add(site)
-                # This sum can't be opened any more: the others mask again at once.
-                break
-            if chunks:
-                self._add(site, only(reply.records, records.Upload), chunks)
+        with self._streaming():
+            for site, reply, chunks in exchange.ask(
+                messages.UPLOAD, requests, self._timing.upload_s, until=self._patience(round_.missing_uploads)
+            ):
+                if not reply.available:
+                    log.info("%s: unavailable for %s", exchange.name(site), messages.UPLOAD.message_type)
+                    gone.add(site)
+                    # This sum can't be opened any more: the others mask again at once.
+                    break
+                if chunks:
+                    self._add(site, only(reply.records, records.Upload), chunks)
         missing = set(round_.missing_uploads())
         return set(without) | (gone or missing) if missing else set()
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        """Let payloads go to the accumulator as they arrive, where the Grid can do that."""
+        grid: Any = self._exchange.grid
+        if not hasattr(grid, "sink"):
+            yield
+            return
+        grid.sink = _Uploads(self._round)
+        try:
+            yield
+        finally:
+            grid.sink = None  # it would keep the sum of this round alive into the next
 
     def _add(self, site: int, header: records.Upload, chunks: Sequence[bytes]) -> None:
         """Take a payload that came inside its reply, as other Grids bring it."""

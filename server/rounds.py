@@ -66,7 +66,7 @@ class StudyRun:
         self._admitted = check(self._manifest, None if row.status in ENDED else self._minute())
         self._params = run_params(self._manifest, self._admitted, roster, 0)
         self._names = {party.id: party.name for party in self._manifest.members}
-        self._model = b""
+        self._model = self._model_digest = b""
         self._exchange = Exchange(grid, self._params.man, self._names, self._continue)
         self._label = f"study {digest[:12]}"
 
@@ -304,7 +304,7 @@ class StudyRun:
             setup,
             round=number,
             state=records.state_digest(self._model),
-            model_digest=model_digest(old, layout),
+            model_digest=self._model_digest or model_digest(old, layout),
             deadline=int(self._clock() + timing.deadline_s) + 1,
             sign=self._sign,
         )
@@ -316,7 +316,8 @@ class StudyRun:
         self._model = b""
         del old
         check_state(new, layout, timing.state_norm_bound)
-        result = round_.result(model_digest(new, layout))
+        self._model_digest = model_digest(new, layout)
+        result = round_.result(self._model_digest)
         self._model = state_bytes(new, layout)
         del new, sums, round_
         attempt = carried.attempts

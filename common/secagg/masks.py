@@ -105,7 +105,7 @@ def remove_self_mask(params: Words, scalars: Words, b: bytes, ctx: bytes) -> Non
 
 def chunk_digest(chunk: bytes | memoryview) -> bytes:
     """Digest of one chunk of a payload, 32 bytes."""
-    return digest("chunk", bytes(chunk))
+    return digest("chunk", chunk)
 
 
 def chunk_digests(payload: bytes, layout: Layout) -> tuple[bytes, ...]:

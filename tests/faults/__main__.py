@@ -36,10 +36,8 @@ def live(seed: int, steady: int, *, plain: bool) -> tuple[list[Outcome], list[Po
                     break
                 outcome = life.take(point)
                 outcomes.append(outcome)
-                said = (
-                    "; ".join(outcome.violations)
-                    or f"next round after {outcome.seconds:.2f} s, {outcome.lost} lost"
-                )
+                lost = "".join(f", lost: {why}" for why in outcome.lost)
+                said = "; ".join(outcome.violations) or f"next round after {outcome.seconds:.2f} s{lost}"
                 print(f"seed {seed} {point}: {said}", flush=True)
                 if outcome.violations:
                     print(life.why(outcome), file=sys.stderr, flush=True)

@@ -43,8 +43,8 @@ from tests.faults.proxy import DOWN, UP, Fault, Proxy, Wire
 from tests.federation import Federation, small_study
 
 FIRE_S: Final = 25.0
-RECOVER_S: Final = 60.0
-REJOIN_S: Final = 60.0
+RECOVER_S: Final = 90.0
+REJOIN_S: Final = 90.0
 BEGIN_S: Final = 90.0
 GONE_S: Final = 3.0
 HOLD_S: Final = 4.0
@@ -236,6 +236,15 @@ class Rig(Federation):
         if process is not None and process.process.poll() is None:
             self.stopped.add(process.process.pid)
             os.kill(process.process.pid, signal.SIGSTOP)
+
+    def slow(self, pid: int, seconds: float) -> None:
+        """Stop a process for a while; go_on() ends it early."""
+        with suppress(ProcessLookupError):
+            self.stopped.add(pid)
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGCONT)
+        self.stopped.discard(pid)
 
     def go_on(self) -> None:
         """SIGCONT to whatever was stopped."""
@@ -744,7 +753,7 @@ class Life:
 
 def faulty_study(names: list[str], name: str, *, plain: bool, rounds: int) -> dict[str, Any]:
     """A study that can take many faults: short times, many spare rounds."""
-    times = {"deadline_s": 20, "upload_s": 8, "straggler_s": 1, "quorum_s": 60, "rounds_max": rounds + 300}
+    times = {"deadline_s": 45, "upload_s": 8, "straggler_s": 1, "quorum_s": 120, "rounds_max": rounds + 300}
     changes: dict[str, Any] = {f"aggregation__{key}": value for key, value in times.items()}
     changes |= {"name": name, "training__rounds": rounds}
     if plain:

@@ -4,6 +4,7 @@ Order matters: a late site, a silent site, a silent hub, a pause, a withdrawal, 
 """
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from tests.faults.proxy import DOWN, UP, Fault
 BACK_S = 45.0
 SILENT_S = 8.0
 LOOK_S = 3.0
+SLOW_S = 3.0
 
 pytestmark = pytest.mark.slow
 
@@ -63,11 +65,11 @@ def wait_for_cohort(run: Run, wanted: list[int], why: str, seconds: float = BACK
     return time.monotonic() - began
 
 
-def online(run: Run) -> dict[int, bool]:
-    """What the coordinator is told of each site."""
+def told(run: Run) -> dict[int, tuple[bool, str]]:
+    """What the coordinator is told of each site: whether it is online, and its decision."""
     with CoordinatorDesk(CoordinatorHome(run.rig.hub_home.coordinator)) as desk:
         event = next(iter(desk.watch(run.digest)))
-        return {site.id: site.online for site in event.sites}
+        return {site.id: (site.online, site.decision) for site in event.sites}
 
 
 def site_command(run: Run, number: int, *arguments: str) -> None:
@@ -93,10 +95,10 @@ def test_a_late_site_catches_up(run: Run) -> None:
 
 
 def test_a_silent_site_is_shown_and_comes_back(run: Run) -> None:
-    assert online(run) == dict.fromkeys((1, 2, 3, 4), True)
+    assert told(run) == dict.fromkeys((1, 2, 3, 4), (True, "approved"))
     run.rig.stop(run.rig.agents[2])
     try:
-        assert within(SILENT_S + LOOK_S, lambda: not online(run)[2], 0.2), run.why(
+        assert within(SILENT_S + LOOK_S, lambda: not told(run)[2][0], 0.2), run.why(
             "shown as online all the time"
         )
         wait_for_cohort(run, [1, 3, 4], "the study did not go on without the silent site")
@@ -116,6 +118,29 @@ def test_a_silent_hub_is_noticed_and_found_again(run: Run) -> None:
     after = [run.rig.log(f"site{number}").count("attached to the hub") for number in (1, 2, 3, 4)]
     # Each has given the silent stream up and has found the hub again.
     assert all(new > old for new, old in zip(after, before, strict=True)), run.why("nobody noticed")
+
+
+def test_a_worker_that_starts_slowly_takes_part_in_the_end(run: Run) -> None:
+    """Rounds that the others complete without it meanwhile must not kill the worker again and again."""
+    over = threading.Event()
+    known = set(run.rig.workers(2))
+
+    def slow_down() -> None:
+        while not over.is_set():
+            for pid in set(run.rig.workers(2)) - known:
+                known.add(pid)
+                threading.Thread(target=run.rig.slow, args=(pid, SLOW_S), daemon=True).start()
+            time.sleep(0.02)
+
+    slowing = threading.Thread(target=slow_down, daemon=True)
+    slowing.start()
+    try:
+        run.rig.kill_worker(2)
+        wait_for_cohort(run, [1, 3, 4], "the study did not go on without the slow site")
+        wait_for_cohort(run, [1, 2, 3, 4], "the slow site is in no cohort", 30.0)
+    finally:
+        over.set()
+        slowing.join(5)
 
 
 def test_a_pause_in_the_middle_of_a_round(run: Run) -> None:
@@ -141,6 +166,7 @@ def test_a_withdrawal_in_the_middle_of_a_round(run: Run) -> None:
     assert within(20, lambda: len(run.completed()) >= after + 3), run.why("the study stands still")
     assert all(cohort == [1, 2, 3] for cohort in cohorts(run, after))
     assert set(run.rig.proxies[4].seen.sent) == spent
+    assert within(LOOK_S, lambda: told(run)[4][1] == "denied", 0.2), run.why("the coordinator is not told")
     with Ledger.open(run.rig.sites[3].ledger) as ledger:
         said = [entry.decision for entry in ledger.entries() if isinstance(entry, Approval)]
     assert said[-1] == "denied"

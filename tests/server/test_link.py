@@ -280,7 +280,7 @@ def test_replies_are_idempotent(pki: Pki) -> None:
         got: list[bytes] = []
         envelope = link_pb2.Envelope(message_id="same", message_type="query.keys", body=b"x", ttl_s=60)
         for expected in (1, 2):
-            link.request(1, envelope, None, None, lambda reply: got.append(reply.body))
+            link.request(1, envelope, (), None, lambda reply: got.append(reply.body))
             wait_until(lambda expected=expected: len(got) == expected)  # type: ignore[misc]
         assert len(calls) == 1
         assert got[0] == got[1]
@@ -314,7 +314,7 @@ def test_a_new_round_forgets_the_replies_before_it(pki: Pki) -> None:
         kinds = ("train.open", "train.open", "train.ready", "train.open")
         for number, (kind, name) in enumerate(zip(kinds, ("o", "o", "r", "o"), strict=True), start=1):
             envelope = link_pb2.Envelope(message_id=name, message_type=kind, body=name.encode(), ttl_s=60)
-            link.request(1, envelope, None, None, lambda reply: got.append(reply.body))
+            link.request(1, envelope, (), None, lambda reply: got.append(reply.body))
             wait_until(lambda number=number: len(got) == number)  # type: ignore[misc]
         assert calls == [b"o", b"r", b"o"]
 
