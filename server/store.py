@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, LargeBinary, create_engine, event, func, select
+from sqlalchemy import ColumnElement, LargeBinary, create_engine, event, func, insert, select
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, defer, mapped_column
@@ -31,6 +31,7 @@ STATUSES: Final = (
     "aborted",
     "denied",
 )
+PART_SIZE_BYTES: Final = 1 << 20
 ENDED: Final = ("done", "failed", "aborted", "denied")
 
 
@@ -89,8 +90,17 @@ class RoundRow(Base):
     context: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
     sum_digest: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
     model_digest: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
-    state: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
     seconds: Mapped[float] = mapped_column(default=0.0)
+
+
+class ModelRow(Base):
+    """A part of the model after a completed round: one large value would be copied whole, and twice."""
+
+    __tablename__ = "models"
+    study: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    part: Mapped[int] = mapped_column(primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
 
 
 class StrategyRow(Base):
@@ -145,7 +155,8 @@ class Store:
     @classmethod
     def open(cls, path: Path) -> "Store":
         """Open or create the SQLite file at ``path``, durable at every commit."""
-        engine = create_engine(f"sqlite:///{path}")
+        # A cached statement keeps a copy of what was bound to it last: of a whole model.
+        engine = create_engine(f"sqlite:///{path}", connect_args={"cached_statements": 0})
 
         @event.listens_for(engine, "connect")
         def configure(connection: sqlite3.Connection, _record: object) -> None:
@@ -281,19 +292,18 @@ class Store:
 
     def complete_round(self, digest: str, checkpoint: Checkpoint) -> None:
         """Store model, strategy state and round, in one transaction."""
+        model = memoryview(checkpoint.state)
+        parts = [
+            {"study": digest, "step": checkpoint.step, "part": part, "data": model[at : at + PART_SIZE_BYTES]}
+            for part, at in enumerate(range(0, len(model), PART_SIZE_BYTES))
+        ]
+        fields = ("step", "attempt", "context", "sum_digest", "model_digest", "seconds")
         with self._writing() as session:
             row = session.get_one(RoundRow, (digest, checkpoint.number))
-            row.step, row.attempt, row.cohort = (
-                checkpoint.step,
-                checkpoint.attempt,
-                json.dumps(checkpoint.cohort),
-            )
-            row.context, row.sum_digest = checkpoint.context, checkpoint.sum_digest
-            row.model_digest, row.state, row.seconds = (
-                checkpoint.model_digest,
-                checkpoint.state,
-                checkpoint.seconds,
-            )
+            for name in fields:
+                setattr(row, name, getattr(checkpoint, name))
+            row.cohort = json.dumps(checkpoint.cohort)
+            session.execute(insert(ModelRow), parts)
             session.get_one(StudyRow, digest).round = checkpoint.step
             session.merge(StrategyRow(study=digest, state=checkpoint.strategy))
 
@@ -307,22 +317,19 @@ class Store:
 
     def _rounds(self, wanted: ColumnElement[bool], order: Any) -> Sequence[RoundRow]:
         with self._reading() as session:
-            query = select(RoundRow).where(wanted).order_by(order)
-            return session.scalars(query.options(defer(RoundRow.state))).all()
+            return session.scalars(select(RoundRow).where(wanted).order_by(order)).all()
 
     def state(self, digest: str, step: int = 0) -> bytes:
         """The model after ``step`` completed rounds, 0: the last. Raises RefusedError when there is none."""
-        query = select(RoundRow).where(RoundRow.study == digest, RoundRow.step.is_not(None))
-        query = query.order_by(RoundRow.step.desc()).limit(1)
-        if step:
-            query = query.where(RoundRow.step == step)
         with self._reading() as session:
-            row = session.scalars(query).one_or_none()
-        if row is None:
+            last = select(func.max(ModelRow.step)).where(ModelRow.study == digest).scalar_subquery()
+            query = select(ModelRow.data).where(ModelRow.study == digest, ModelRow.step == (step or last))
+            parts = session.scalars(query.order_by(ModelRow.part)).all()
+        if not parts:
             raise RefusedError(
                 "study.no-model", "the study has no such completed round", remedy="Watch the study."
             )
-        return row.state
+        return b"".join(parts)
 
     def strategy(self, digest: str) -> bytes:
         """The strategy's state after the last completed round; empty before the first."""
