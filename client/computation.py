@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import IO, Any, Final
 
 import numpy as np
@@ -27,6 +27,7 @@ END_TIMEOUT_S: Final = 5.0
 
 # prctl(2): a worker dies with the thread that started it, so that must be one which lasts.
 _SPAWNER: Final = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spawn")
+_GREETED: Final = ThreadPoolExecutor(max_workers=16, thread_name_prefix="greet")
 
 
 class Computation:
@@ -48,6 +49,7 @@ class Computation:
         # Held for moments only: which process there is, and for which round it computes.
         self._changing = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._greeting: Future[None] | None = None
         self._prepared: subprocess.Popen[bytes] | None = None
         self._round: threading.Event | None = None
         self._ended = False
@@ -63,6 +65,12 @@ class Computation:
             if not self._ended:
                 self._running()
 
+    def started(self, timeout_s: float) -> bool:
+        """Whether a worker is there that has imported all it needs, waiting for one that is starting."""
+        self.warm()
+        greeting = self._greeting
+        return greeting is not None and bool(wait([greeting], timeout_s).done) and not greeting.exception()
+
     def compute(
         self, state: bytes, dim: int, timeout_s: float, cut: threading.Event | None = None
     ) -> NDArray[np.int64]:
@@ -74,12 +82,15 @@ class Computation:
         Raises: FailureError, ContractError.
         """
         cut = cut or threading.Event()
-        timer = threading.Timer(timeout_s, self.stop, (cut,))
+        timer = threading.Timer(timeout_s, self.stop, (cut, True))
         timer.start()
         try:
             with self._turn:
                 try:
-                    result = self._ask(self._loaded(cut), {"op": "compute"}, state)
+                    process = self._loaded(cut)
+                    if cut.is_set():
+                        raise FailureError("worker.cut", "the round was over before its rows were loaded")
+                    result = self._ask(process, {"op": "compute"}, state)
                 finally:
                     self._round = None
         finally:
@@ -88,14 +99,19 @@ class Computation:
             raise FailureError("worker.result", "the worker's result has another length than the model")
         return np.frombuffer(result, dtype="<i8").astype(np.int64)
 
-    def stop(self, cut: threading.Event) -> None:
+    def stop(self, cut: threading.Event, overrun: bool = False) -> None:
         """Set ``cut`` and kill the worker that computes for it; the next round gets a fresh one.
+
+        One that is still starting or loading rows goes on with that, for the next round, unless it has
+        overrun its time: else a hospital that is slow to start would be started anew for ever.
 
         Guarantee: a_cut_round_is_not_computed - whether its worker is running, starting or not there yet.
         """
         cut.set()
         with self._changing:
             process = self._process if self._round is cut else None
+            if process is not self._prepared and not overrun:
+                process = None
         self._drop(process)
 
     def end(self) -> None:
@@ -118,7 +134,8 @@ class Computation:
             process = self._running()
         if process is not self._prepared:
             try:
-                self._greet(process)
+                if self._greeting is not None:
+                    self._greeting.result()
                 self._ask(process, self._header, self._manifest_bytes)
             except BaseException:
                 # It has greeted already: only a fresh one can be started again.
@@ -131,17 +148,8 @@ class Computation:
         if self._process is None or self._process.poll() is not None:
             _finish(self._process)
             self._process = _SPAWNER.submit(_spawn).result()
+            self._greeting = _GREETED.submit(_greet, self._process)
         return self._process
-
-    def _greet(self, process: "subprocess.Popen[bytes]") -> None:
-        try:
-            frame = read_frame(_pipe(process.stdout))
-        except (OSError, ValueError, WardroundError):
-            frame = None
-        if frame is None:
-            remedy = "Check the installation, unless it was stopped."
-            raise FailureError("worker.start", "the worker process did not start", remedy=remedy)
-        log.info("worker %d started, network: %s", process.pid, frame[0].get("network"))
 
     def _ask(self, process: "subprocess.Popen[bytes]", header: dict[str, Any], blob: bytes) -> bytes:
         try:
@@ -177,6 +185,18 @@ def _spawn() -> "subprocess.Popen[bytes]":
         env=environment,
         cwd="/",
     )
+
+
+def _greet(process: "subprocess.Popen[bytes]") -> None:
+    """Wait for a worker's first frame. Raises FailureError."""
+    try:
+        frame = read_frame(_pipe(process.stdout))
+    except (OSError, ValueError, WardroundError):
+        frame = None
+    if frame is None:
+        remedy = "Check the installation, unless it was stopped."
+        raise FailureError("worker.start", "the worker process did not start", remedy=remedy)
+    log.info("worker %d started, network: %s", process.pid, frame[0].get("network"))
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:

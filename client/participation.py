@@ -259,7 +259,11 @@ class Participation:
         with self._lock(man):
             self._check_approved(man)
             run = self._run(man)
-            cut, dim, digest = self._accept(run, start, state_file, began)
+        run.await_worker(start, min(start.deadline - began, run.manifest.study.aggregation.deadline_s))
+        with self._lock(man):
+            self._check_approved(man)
+            run = self._run(man)
+            cut, dim, digest = self._accept(run, start, state_file, self._clock())
         timing = run.manifest.study.aggregation
         left_s = min(start.deadline - self._clock(), timing.deadline_s)
         if timing.ready_s:

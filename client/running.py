@@ -59,6 +59,7 @@ class Running:
     model_digest: bytes
     _cut: threading.Event = field(default_factory=threading.Event)
     _waiting: bool = False
+    _newest: int = 0
 
     @property
     def label(self) -> str:
@@ -102,6 +103,18 @@ class Running:
             problem = "the state has another digest than the round names"
             raise VerificationError("participation.model", problem)
         return digest
+
+    def await_worker(self, start: records.RoundStart, timeout_s: float) -> None:
+        """Wait, without the lock, until the worker can compute: no round is charged for one that cannot.
+
+        Raises: RefusedError when it takes longer, or when a newer round came meanwhile.
+        """
+        records.check_signature(start, self.params.man, self.params.hub_key, "the hub")
+        self._newest = max(self._newest, start.round)
+        if not self.computation.started(timeout_s):
+            raise RefusedError("participation.worker", "the worker process is not ready to compute")
+        if start.round < self._newest:
+            raise RefusedError("participation.older", "a newer round came while the worker was starting")
 
     def accepted(self, model_digest: bytes) -> threading.Event:
         """A round was accepted: the one in flight ends at once. What cuts the new one short."""

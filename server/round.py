@@ -5,6 +5,7 @@ hospital that says it is unavailable, or whose upload is not whole in its time, 
 attempt; an opening missing at the deadline loses the round; a lost round's number is never used again.
 """
 
+import ctypes
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,6 +23,14 @@ log = logging.getLogger("wardround.hub.rounds")
 
 REPLY_MARGIN_S: Final = 5.0
 ASK_AGAIN_S: Final = 0.5
+LARGE_MODEL_BYTES: Final = 4 << 20
+
+
+def give_back(model_bytes: int) -> None:
+    """Return freed memory to the system: the chunks of a large model leave holes in every thread's heap."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if model_bytes > LARGE_MODEL_BYTES and trim is not None:
+        trim(0)
 
 
 class RoundLost(FailureError):  # noqa: N818 - an outcome of the protocol, not a fault
@@ -50,11 +59,12 @@ class _Uploads:
 class Round:
     """Carries the messages of one HubRound.
 
-    ``deadline`` is the monotonic time of the signed deadline; ``timing`` the study's.
+    ``timing`` is the study's; ``unavailable`` holds who said so when asked for R1 or R3.
     """
 
     def __init__(self, exchange: Exchange, round_: HubRound, timing: Aggregation) -> None:
         self.attempts = 0
+        self.unavailable: set[int] = set()
         self._exchange = exchange
         self._round = round_
         self._timing = timing
@@ -64,9 +74,11 @@ class Round:
         """R0 to R5 with ``sites``; ``state`` is the model's file. Raises RoundLost."""
         try:
             self._ready(sites, state)
+            give_back(len(state))
             without: set[int] = set()
             while without := self._attempt(without):
                 log.info("%s left out; another attempt", ", ".join(map(self._exchange.name, sorted(without))))
+            give_back(len(state))
             self._open()
             self._round.finish()
         except RoundLost:
@@ -85,7 +97,7 @@ class Round:
                 enough[0] = time.monotonic() + self._timing.straggler_s
             return enough[0] or float("inf")
 
-        exchange.collect(
+        self.unavailable |= exchange.collect(
             messages.READY,
             {site: exchange.request(messages.READY, round_.start) for site in sites},
             self._timing.deadline_s + REPLY_MARGIN_S,
@@ -108,6 +120,7 @@ class Round:
                 if not reply.available:
                     log.info("%s: unavailable for %s", exchange.name(site), messages.UPLOAD.message_type)
                     gone.add(site)
+                    self.unavailable.add(site)
                     # This sum can't be opened any more: the others mask again at once.
                     break
                 if chunks:

@@ -27,7 +27,7 @@ from common.tasks.models import initial_state
 from common.tasks.state import check_state, load_state, model_digest, state_bytes
 from server.exchange import Exchange, every, only
 from server.home import HubHome
-from server.round import Round, RoundLost
+from server.round import Round, RoundLost, give_back
 from server.store import ENDED, Checkpoint, Store, StudyRow
 from server.strategy import ServerStep
 
@@ -280,8 +280,9 @@ class StudyRun:
             sites = self._gather(setup, consult)
             number = self._store.start_round(self._digest)
             try:
-                self._round(setup, number, sites, step)
-                lost, consult = 0, False
+                everyone = self._round(setup, number, sites, step)
+                # A hospital that is paused, or has withdrawn, says so when it is asked for its decision.
+                lost, consult = 0, not everyone or consult and len(sites) < len(self._exchange.online())
             except RoundLost as error:
                 lost, consult = lost + 1, True
                 self._store.lose_round(self._digest, number, error.problem)
@@ -292,8 +293,10 @@ class StudyRun:
                         remedy="Look into the causes in the log, then submit it again.",
                     ) from error  # fmt: skip
 
-    def _round(self, setup: Setup, number: int, sites: list[int], step: ServerStep) -> None:
-        """One round and its checkpoint. Raises RoundLost; the model is then as it was.
+    def _round(self, setup: Setup, number: int, sites: list[int], step: ServerStep) -> bool:
+        """One round and its checkpoint; whether nobody was unavailable. Raises RoundLost.
+
+        The model is then as it was.
 
         A model is held as bytes, with views into them, and each copy is let go before the next is made.
         """
@@ -320,7 +323,7 @@ class StudyRun:
         result = round_.result(self._model_digest)
         self._model = state_bytes(new, layout)
         del new, sums, round_
-        attempt = carried.attempts
+        attempt, everyone = carried.attempts, not carried.unavailable
         del carried
         seconds = time.monotonic() - started
         self._store.complete_round(
@@ -338,6 +341,7 @@ class StudyRun:
                 seconds=seconds,
             ),
         )
+        give_back(len(self._model))
         log.info(
             "%s: round %d of %d done in %.3f s with %d hospitals%s",
             self._label, step.advances, self._manifest.study.training.rounds, seconds, len(cohort),
@@ -345,3 +349,4 @@ class StudyRun:
         )  # fmt: skip
         # A hospital that is asked for its next round does not need the result first.
         self._exchange.tell(messages.RESULT, cohort, result)
+        return everyone

@@ -68,6 +68,9 @@ class ComputedHere(Computation):
     def warm(self) -> None:
         """There is nothing to start."""
 
+    def started(self, timeout_s: float) -> bool:
+        return not self.ended
+
     def compute(
         self, state: bytes, dim: int, timeout_s: float, cut: threading.Event | None = None
     ) -> NDArray[np.int64]:
