@@ -42,8 +42,6 @@ BACKOFF_FIRST_S = 0.2
 BACKOFF_LAST_S = 5.0
 KEPT_REPLIES = 4
 MAX_KEPT = 256
-# With a new round or the end of a run, openings and payloads of the round before are not kept (PROTOCOL I11).
-FORGETTING = (messages.READY.message_type, messages.CLOSE.message_type)
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
@@ -86,7 +84,8 @@ class Agent:
 
     ``answer`` is the ClientApp bound to its context: Message in, Message out; it is called from a thread for
     each study, and from one more for the end of a study. ``watch`` is called every second, in a thread;
-    ``interrupt`` once, when the agent is told to stop, to end what is being computed. ``finished`` is asked
+    ``interrupt`` once, when the agent is told to stop, to end what is being computed; ``may_send`` says, by
+    the group of a study, whether what is kept of its round may still leave. ``finished`` is asked
     after every reply; when it says true the agent ends.
 
     Guarantee: replies_are_idempotent - a request sent again gets the bytes of its first reply.
@@ -103,6 +102,7 @@ class Agent:
         answer: Callable[[flower.Message], flower.Message],
         watch: Callable[[], object] = lambda: None,
         interrupt: Callable[[], object] = lambda: None,
+        may_send: Callable[[str], bool] = lambda _group: True,
         finished: Callable[[], bool] = lambda: False,
     ) -> None:
         self._address = address
@@ -111,13 +111,14 @@ class Agent:
         self._answer = answer
         self._watch = watch
         self._interrupt = interrupt
+        self._may_send = may_send
         self._finished = finished
         self._kept: OrderedDict[str, Answer] = OrderedDict()
-        self._working: set[str] = set()
+        self._working: dict[str, str] = {}
         self._orders: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._room = asyncio.Semaphore(MAX_IN_FLIGHT)
-        self._held_bytes = 0
-        self._released = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_flight: list[int] = []
+        self._released = asyncio.Event()
         self._executor = ThreadPoolExecutor(max_workers=MAX_CONCURRENT, thread_name_prefix="study")
         # The end of a study and the watch must not wait for computations.
         self._urgent = ThreadPoolExecutor(max_workers=2, thread_name_prefix="urgent")
@@ -161,7 +162,11 @@ class Agent:
 
     async def _watching(self) -> None:
         while not await self._stopped_within(WATCH_S):
-            await asyncio.get_running_loop().run_in_executor(self._urgent, self._watch)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._urgent, self._watch)
+            except Exception as error:
+                # It must go on; and only the kind is named, for the text may hold what must not be in a log.
+                log.error("the watch failed: %s", type(error).__name__)
 
     async def _stopped_within(self, seconds: float) -> bool:
         try:
@@ -218,58 +223,71 @@ class Agent:
         )
         while True:
             try:
-                yield await asyncio.wait_for(outbound.get(), HEARTBEAT_S)
+                async with asyncio.timeout(HEARTBEAT_S):
+                    frame = await outbound.get()
             except TimeoutError:
-                yield link_pb2.SiteFrame(heartbeat=link_pb2.Heartbeat())
+                frame = link_pb2.SiteFrame(heartbeat=link_pb2.Heartbeat())
+            yield frame
 
     async def _read(self, call: Any) -> None:
         arriving: _Incoming | None = None
-        tasks: set[asyncio.Task[None]] = set()
         greeted = False
-        async for frame in call:
-            self._heard = time.monotonic()
-            which = frame.WhichOneof("frame")
-            if not greeted:
-                if which != "greeting" or frame.greeting.protocol_version != PROTOCOL_VERSION:
-                    raise VerificationError(
-                        "link.protocol-version", "the hub speaks another protocol version"
-                    )
-                greeted = True
-                log.info("attached to the hub at %s", self._address)
-            elif which == "request":
-                # The hub sends a request and all that comes beside it, then the next one.
-                arriving = _Incoming(frame.request)
-            elif which == "chunk":
-                if arriving is None or arriving.envelope.message_id != frame.chunk.message_id:
-                    raise VerificationError("link.chunk", "a chunk belongs to no request")
-                arriving.add(frame.chunk)
-            elif which == "want":
-                self._send_chunks(frame.want)
-            elif which != "heartbeat":
-                raise VerificationError("link.frame", "the hub sent a frame that does not belong here")
-            if arriving is not None and not arriving.left:
-                await self._take_room(arriving.envelope.attachment_bytes)
-                task = asyncio.create_task(self._serve(arriving.envelope, arriving.chunks))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
-                arriving = None
+        try:
+            async for frame in call:
+                self._heard = time.monotonic()
+                which = frame.WhichOneof("frame")
+                if not greeted:
+                    if which != "greeting" or frame.greeting.protocol_version != PROTOCOL_VERSION:
+                        raise VerificationError(
+                            "link.protocol-version", "the hub speaks another protocol version"
+                        )
+                    greeted = True
+                    log.info("attached to the hub at %s", self._address)
+                elif which == "request":
+                    # The hub sends a request and all that comes beside it, or the next one if it withdrew it.
+                    if arriving is not None:
+                        self._release(arriving.envelope)
+                    arriving = None
+                    incoming = _Incoming(frame.request)
+                    await self._take_room(incoming.envelope)
+                    arriving = incoming
+                elif which == "chunk":
+                    if arriving is None or arriving.envelope.message_id != frame.chunk.message_id:
+                        raise VerificationError("link.chunk", "a chunk belongs to no request")
+                    arriving.add(frame.chunk)
+                elif which == "want":
+                    self._send_chunks(frame.want)
+                elif which != "heartbeat":
+                    raise VerificationError("link.frame", "the hub sent a frame that does not belong here")
+                if arriving is not None and not arriving.left:
+                    task = asyncio.create_task(self._serve(arriving.envelope, arriving.chunks))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                    arriving = None
+        finally:
+            if arriving is not None:
+                self._release(arriving.envelope)
 
-    async def _take_room(self, size_bytes: int) -> None:
+    async def _take_room(self, envelope: link_pb2.Envelope) -> None:
         """Read no further while too much is in flight: the hub's sending then stops by itself."""
-        self._heard = math.inf
-        await self._room.acquire()
-        async with self._released:
-            await self._released.wait_for(
-                lambda: not self._held_bytes or self._held_bytes + size_bytes <= MAX_ATTACHMENT_BYTES
-            )
-        self._held_bytes += size_bytes
+        size_bytes, self._heard = envelope.attachment_bytes, math.inf
+        while len(self._in_flight) >= MAX_IN_FLIGHT or (
+            size_bytes and sum(self._in_flight) + size_bytes > MAX_ATTACHMENT_BYTES
+        ):
+            self._released.clear()
+            await self._released.wait()
+        self._in_flight.append(size_bytes)
         self._heard = time.monotonic()
+
+    def _release(self, envelope: link_pb2.Envelope) -> None:
+        self._in_flight.remove(envelope.attachment_bytes)
+        self._released.set()
 
     def _send_chunks(self, want: link_pb2.Want) -> None:
         """Send chunks of a payload that is kept; one that is kept no more is not sent, and not missed."""
         if self._outbound.qsize() + len(want.indices) > OUTBOUND_FRAMES:
             raise VerificationError("link.want", "the hub asks for more chunks than it takes")
-        answer = self._kept.get(want.message_id)
+        answer = self._still_kept(want.message_id)
         for index in want.indices if answer is not None else ():
             if answer is not None and index < len(answer.attachment):
                 chunk = link_pb2.Chunk(message_id=want.message_id, index=index, data=answer.attachment[index])
@@ -278,12 +296,14 @@ class Agent:
     async def _serve(self, envelope: link_pb2.Envelope, attachment: list[bytes]) -> None:
         try:
             answer = await self._answered(envelope, attachment)
+        except Exception as error:
+            if not self._stop.is_set():
+                log.error("a %s request has no answer: %s", envelope.message_type, type(error).__name__)
+            return
         finally:
-            self._room.release()
-            async with self._released:
-                self._held_bytes -= envelope.attachment_bytes
-                self._released.notify_all()
-        if answer is not None:
+            self._release(envelope)
+        if answer is not None and self._outbound.qsize() < OUTBOUND_FRAMES:
+            # A hub that does not read gets a reply when it attaches anew and asks again.
             self._outbound.put_nowait(link_pb2.SiteFrame(reply=answer.envelope))
         if self._finished():
             # The last reply is given time to leave before the stream ends.
@@ -292,31 +312,60 @@ class Agent:
 
     async def _answered(self, envelope: link_pb2.Envelope, attachment: list[bytes]) -> Answer | None:
         """The reply to a request, kept or made now; None while it is being made for an earlier copy."""
-        message_id, loop = envelope.message_id, asyncio.get_running_loop()
-        if message_id in self._kept or message_id in self._working:
-            return self._kept.get(message_id)
-        self._working.add(message_id)
+        message_id, kind, loop = envelope.message_id, envelope.message_type, asyncio.get_running_loop()
+        if message_id in self._working:
+            return None
+        if (kept := self._still_kept(message_id)) is not None:
+            return kept
+        self._working[message_id] = envelope.group
         try:
-            if envelope.message_type == messages.CLOSE.message_type:
+            if kind == messages.CLOSE.message_type:
+                self._forget(envelope)
                 answer = await loop.run_in_executor(self._urgent, self._compute, envelope, attachment)
             else:
                 order = self._orders.setdefault(envelope.group, asyncio.Lock())
                 async with order:
+                    if kind == messages.READY.message_type:
+                        self._forget(envelope)
                     made = loop.run_in_executor(self._executor, self._compute, envelope, attachment)
-                    if envelope.message_type != messages.READY.message_type:
+                    if kind != messages.READY.message_type:
                         await made
                 # A computation is waited for outside the order: the start of a newer round ends it.
                 answer = await made
         finally:
-            self._working.discard(message_id)
-        self._keep(answer)
+            wanted = self._working.pop(message_id, None) is not None
+        if wanted:
+            self._keep(answer)
         return answer
+
+    def _still_kept(self, message_id: str) -> Answer | None:
+        """A kept reply, unless it belongs to a round of a study that ended or was stopped here since.
+
+        Guarantee: nothing_kept_leaves_after_a_decision - neither a reply nor a chunk of a payload.
+        """
+        answer = self._kept.get(message_id)
+        if answer is None or not answer.envelope.message_type.startswith("train."):
+            return answer
+        if not self._may_send(answer.envelope.group):
+            del self._kept[message_id]
+            return None
+        return answer
+
+    def _forget(self, envelope: link_pb2.Envelope) -> None:
+        """A new round or the end of a run: nothing of the round before is kept (PROTOCOL I11).
+
+        Guarantee: what_a_close_overtakes_is_not_kept - a payload that is made while its run ends.
+        """
+        group = envelope.group
+        for message_id in [m for m, kept in self._kept.items() if kept.envelope.group == group]:
+            del self._kept[message_id]
+        for message_id in [m for m, of in self._working.items() if of == group and m != envelope.message_id]:
+            del self._working[message_id]
 
     def _keep(self, answer: Answer) -> None:
         group = answer.envelope.group
         of_group = [m for m, kept in self._kept.items() if kept.envelope.group == group]
-        forgotten = answer.envelope.message_type in FORGETTING
-        for message_id in of_group if forgotten else of_group[: 1 - KEPT_REPLIES]:
+        for message_id in of_group[: 1 - KEPT_REPLIES]:
             del self._kept[message_id]
         self._kept[answer.envelope.message_id] = answer
         while len(self._kept) > MAX_KEPT:

@@ -5,6 +5,7 @@ configuration (``site-home``); one Participation a folder and process; ``app`` s
 assignment, because Flower's bundle builder finds no other.
 """
 
+import logging
 import threading
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from client.participation import Participation
 from client.state import SiteHome
 from common import flower, messages
 from common.errors import UsageError
+from common.messages import Reply
+
+log = logging.getLogger("wardround.site")
 
 app = ClientApp()
 _open: dict[str, Participation] = {}
@@ -41,9 +45,14 @@ def answer(message: flower.Message, context: flower.Context) -> flower.Message:
     folder = context.node_config.get("site-home")
     if not isinstance(folder, str):
         raise UsageError("client-app.config", "the node configuration lacks 'site-home'")
-    body, payload = participation(folder).answer(
-        message.metadata.message_type, flower.body_of(message), flower.attachment_of(message)
-    )
+    hospital, kind = participation(folder), message.metadata.message_type
+    body = flower.body_of(message)
+    if messages.run_of(kind, body) == message.metadata.group_id:
+        body, payload = hospital.answer(kind, body, flower.attachment_of(message))
+    else:
+        # What is kept for one study must not be kept in another one's name.
+        log.warning("a %s request came under another study than it names", kind)
+        body, payload = messages.encode_reply(Reply(messages.kind_of(kind), available=False)), ()
     return flower.reply(message, body, payload)
 
 

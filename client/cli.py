@@ -186,6 +186,7 @@ def _run_agent(site: SiteHome, once: bool) -> Outcome:
             answer=lambda message: flower_app.app(message, context),
             watch=hospital.watch,
             interrupt=hospital.interrupt,
+            may_send=hospital.may_send,
             finished=lambda: once and hospital.closed > 0 and hospital.open_runs == 0,
         )
         loop = asyncio.get_running_loop()

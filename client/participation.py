@@ -106,6 +106,11 @@ class Participation:
             if paused and not run.retired:
                 self._suspend(man, run)
 
+    def may_send(self, group: str) -> bool:
+        """Whether what was made in a round of a study may still leave; ``group`` is its digest in hex."""
+        run = self._runs.get(bytes.fromhex(group)) if len(group) == 64 else None
+        return run is not None and not run.retired and not self._paused and not self._stopping
+
     @property
     def open_runs(self) -> int:
         """Studies that run here now."""
@@ -215,6 +220,8 @@ class Participation:
         """
         run = self._runs.get(man)
         if run is None or run.retired:
+            if run is not None:
+                run.site.drop_out()
             run = self._begin(man)
         if run.site.expire(self._minute()):
             run.computation.end()
@@ -337,6 +344,7 @@ class Participation:
         """Give a run up as a restart does: only an upload that was made can still be opened."""
         run.retire()
         with self._lock(man):
+            run.site.drop_out()
             if not run.site.attempt:
                 self._settle(man, "site_stopped")
 

@@ -107,6 +107,15 @@ def decode_request(message_type: str, data: bytes) -> Request:
     )
 
 
+def run_of(message_type: str, data: bytes) -> str:
+    """The run that a request names, 64 hex digits; empty when it is none. Nothing else of it is read."""
+    try:
+        man = split_labelled("request/" + kind_of(message_type).message_type, data, "request")[0]
+    except (VerificationError, IndexError):
+        return ""
+    return man.hex() if len(man) == DIGEST_SIZE_BYTES else ""
+
+
 def encode_reply(reply: Reply) -> bytes:
     """Canonical bytes of a reply; an unavailable one holds nothing but that word."""
     label = "reply/" + reply.kind.message_type

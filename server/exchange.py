@@ -50,12 +50,12 @@ class Exchange:
     ) -> None:
         self.grid = grid
         self._man = man
-        self._names = names
+        self.names = names
         self._going_on = going_on
 
     def online(self) -> list[int]:
         """Members that are attached, ascending."""
-        return sorted(set(self.grid.get_node_ids()) & set(self._names))
+        return sorted(set(self.grid.get_node_ids()) & set(self.names))
 
     def pause(self, seconds: float) -> None:
         """Wait, unless the study is not to go on."""
@@ -64,7 +64,7 @@ class Exchange:
 
     def name(self, site: int) -> str:
         """How the log calls a site of this study."""
-        return f"study {self._man.hex()[:12]}, site {site} {self._names.get(site, '?')!r}"
+        return f"study {self._man.hex()[:12]}, site {site} {self.names.get(site, '?')!r}"
 
     def request(self, kind: Kind, *parts: Record, document: bytes = b"") -> Request:
         """A request about this study."""
@@ -116,12 +116,13 @@ class Exchange:
         *,
         attachment: Sequence[bytes] = (),
         until: Callable[[], float] = lambda: float("inf"),
-    ) -> set[int]:
+        unavailable: set[int] | None = None,
+    ) -> None:
         """Ask, and hand each available reply to ``take``; what it refuses counts as missing.
 
-        Returns the sites that said they are unavailable.
+        ``unavailable`` grows by the sites that say they are.
         """
-        unavailable = set()
+        unavailable = set() if unavailable is None else unavailable
         for site, reply, _ in self.ask(kind, requests, timeout_s, attachment=attachment, until=until):
             if not reply.available:
                 log.info("%s: unavailable for %s", self.name(site), kind.message_type)
@@ -131,7 +132,6 @@ class Exchange:
                 take(site, reply.records)
             except WardroundError as error:
                 log.warning("%s: refused: %s", self.name(site), error)
-        return unavailable
 
     def tell(self, kind: Kind, sites: Iterable[int], *parts: Record) -> None:
         """Push a message whose reply nobody waits for."""

@@ -2,7 +2,7 @@
 
 Source: Flower's ``flwr.serverapp.Grid``; DESIGN "Built on Flower". Rules: each reply is given out once; the
 payload of a reply goes to the sink that was set when its message was pushed, never into the reply; what is
-withdrawn is forgotten on both sides.
+withdrawn, or past its time, is forgotten.
 """
 
 import threading
@@ -15,7 +15,8 @@ from flwr.serverapp import Grid
 
 from common import flower, link_pb2
 from common.errors import FailureError, UnreachableError
-from server.link import Link, Sink
+from server.link import Link
+from server.transfers import Sink
 
 
 class GrpcGrid(Grid):
@@ -26,6 +27,7 @@ class GrpcGrid(Grid):
         self._run = flower.empty_run()
         self._condition = threading.Condition()
         self._waiting: dict[str, flower.Message] = {}
+        self._expires: dict[str, float] = {}
         self._replies: dict[str, flower.Message] = {}
         self._wakes = 0
         self.sink: Sink | None = None
@@ -52,8 +54,13 @@ class GrpcGrid(Grid):
         return sorted(self._link.online())
 
     def push_messages(self, messages: Iterable[flower.Message]) -> Iterable[str]:
-        """Send messages; their ids in order."""
-        message_ids = []
+        """Send messages; their ids in order.
+
+        Guarantee: nothing_is_kept_past_its_time - neither a question nor a reply that nobody fetches.
+        """
+        message_ids, now = [], time.monotonic()
+        with self._condition:
+            self._drop([m for m, expires in self._expires.items() if expires < now])
         for message in messages:
             message_id = uuid.uuid4().hex
             attachment = flower.attachment_of(message)
@@ -68,6 +75,7 @@ class GrpcGrid(Grid):
             flower.with_id(message, message_id)
             with self._condition:
                 self._waiting[message_id] = message
+                self._expires[message_id] = now + message.metadata.ttl
             self._link.request(message.metadata.dst_node_id, envelope, attachment, self.sink, self._deliver)
             message_ids.append(message_id)
         return message_ids
@@ -82,8 +90,9 @@ class GrpcGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[flower.Message]:
         """The replies that have come, each given out once."""
         with self._condition:
-            found = [self._replies.pop(m, None) for m in message_ids]
-        return [reply for reply in found if reply is not None]
+            found = {m: self._replies[m] for m in message_ids if m in self._replies}
+            self._drop(found)
+        return list(found.values())
 
     def send_and_receive(
         self, messages: Iterable[flower.Message], *, timeout: float | None = None
@@ -124,11 +133,14 @@ class GrpcGrid(Grid):
     def withdraw(self, message_ids: Sequence[str]) -> None:
         """Wait no more for these: late replies and their payloads are dropped."""
         with self._condition:
-            for message_id in message_ids:
-                self._waiting.pop(message_id, None)
-                self._replies.pop(message_id, None)
+            self._drop(message_ids)
         if message_ids:
             self._link.withdraw(message_ids)
+
+    def _drop(self, message_ids: Iterable[str]) -> None:
+        for message_id in message_ids:
+            for known in (self._waiting, self._replies, self._expires):
+                known.pop(message_id, None)
 
     def wake(self) -> None:
         """End every wait at once."""

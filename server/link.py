@@ -2,22 +2,24 @@
 
 Source: DESIGN "Built on Flower, carried by gRPC". Rules: a peer is admitted by its certificate and the
 hub's own table, before its first frame is read; a second stream of one identity is refused, unless the first
-has fallen silent; replies are matched by message id, once; a payload is fetched chunk by chunk, one ahead of
-the one that is being added, and is never held whole; requests without an answer are sent again when the site
-comes back, under the same id, and of a payload only what is missing; who is silent is offline.
+has fallen silent; replies are matched by message id, once; payloads are fetched (server/transfers.py), never
+held whole; requests without an answer are sent again when the site comes back, under the same id, and of a
+payload only what is missing; who is silent is offline.
 """
 
 import asyncio
+import gc
 import logging
+import math
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -29,6 +31,7 @@ from common.certificates import Peer, peer_identity
 from common.errors import FailureError, UnreachableError, VerificationError, WardroundError
 from common.messages import PROTOCOL_VERSION
 from common.version import SOFTWARE_VERSION
+from server.transfers import Fetching, Sink, Upload, chunk_frames
 
 log = logging.getLogger("wardround.hub.link")
 
@@ -38,6 +41,7 @@ MAX_FRAME_BYTES = 8 << 20
 HEARTBEAT_S = 2.0
 OFFLINE_S = 8.0
 REPLACED_S = 4.0
+BLOCKED_S = 30.0
 LOOK_PERIOD_S = 1.0
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
@@ -48,22 +52,6 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.so_reuseport", 0),
 )
-
-
-class Sink(Protocol):
-    """Where the payloads of uploads go while they arrive."""
-
-    def header(self, node_id: int, body: bytes) -> Sequence[int]:
-        """Check the reply that announces a payload; the chunks still missing. Raises WardroundError."""
-        ...
-
-    def chunk(self, node_id: int, index: int, data: bytes) -> None:
-        """Take one chunk. Raises WardroundError to refuse it."""
-
-
-def _chunk_frames(message_id: str, chunks: Sequence[bytes]) -> Iterable[link_pb2.HubFrame]:
-    for index, data in enumerate(chunks):
-        yield link_pb2.HubFrame(chunk=link_pb2.Chunk(message_id=message_id, index=index, data=data))
 
 
 @dataclass
@@ -77,42 +65,19 @@ class _Pending:
 
 
 @dataclass
-class _Upload:
-    """A payload on its way: chunks still to be asked for, and the one that was asked for."""
-
-    sink: Sink
-    reply: link_pb2.Envelope
-    missing: deque[int]
-    asked: int | None = None
-
-
-@dataclass
 class _Connection:
     peer: Peer
-    context: Any
     task: "asyncio.Task[Any] | None"
-    outbound: "asyncio.Queue[_Pending | link_pb2.HubFrame | None]"
+    outbound: "asyncio.Queue[str | link_pb2.HubFrame | None]"
     last_seen: float
-    uploads: dict[str, _Upload] = field(default_factory=dict)
-    ending: "asyncio.Task[None] | None" = None
+    uploads: dict[str, Upload] = field(default_factory=dict)
+    reader: "asyncio.Task[None] | None" = None
+    blocked_since: float = math.inf
+    cut: bool = False
 
     @property
     def silence_s(self) -> float:
-        return time.monotonic() - self.last_seen
-
-    def cut(self) -> None:
-        """End the stream at once, also one that is blocked in the middle of sending."""
-        self.ending = asyncio.create_task(self._abort())
-
-    async def _abort(self) -> None:
-        # The status first: to cancel the sender alone would leave the other end waiting.
-        try:
-            await self.context.abort(grpc.StatusCode.UNAVAILABLE, "the hub cut this stream")
-        except (grpc.aio.AbortError, grpc.aio.UsageError):
-            pass
-        finally:
-            if self.task is not None:
-                self.task.cancel()
+        return max(0.0, time.monotonic() - self.last_seen)
 
 
 class Link(link_pb2_grpc.LinkServicer):
@@ -141,6 +106,7 @@ class Link(link_pb2_grpc.LinkServicer):
         self._services = services
         self._connections: dict[int, _Connection] = {}
         self._pending: dict[str, _Pending] = {}
+        self._fetching = Fetching()
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="accumulate")
         self._started = threading.Event()
         self._stopped = threading.Event()
@@ -211,7 +177,7 @@ class Link(link_pb2_grpc.LinkServicer):
 
     def withdraw(self, message_ids: Sequence[str]) -> None:
         """Forget requests nobody waits for any more; a late reply is then dropped."""
-        self._call(lambda: [self._pending.pop(message_id, None) for message_id in message_ids])
+        self._call(lambda: self._forget(message_ids))
 
     def disconnect(self, node_id: int) -> None:
         """Cut the live stream of a site at once; whether it may come back is for ``admit`` to say.
@@ -219,24 +185,53 @@ class Link(link_pb2_grpc.LinkServicer):
         Guarantee: a_revoked_stream_is_cut_at_once - also in the middle of a transfer.
         """
 
-        def cut() -> None:
-            if node_id in self._connections:
-                self._connections[node_id].cut()
-
-        self._call(cut)
+        self._call(lambda: self._cut(self._connections.get(node_id)))
 
     def _call(self, work: Callable[[], object]) -> None:
-        if self._loop is None or self._loop.is_closed():
+        try:
+            if self._loop is None:
+                raise RuntimeError("not started")
+            self._loop.call_soon_threadsafe(work)
+        except RuntimeError as error:
             raise UnreachableError(
                 "link.stopped", "the hub's link is not running", remedy="Start it with 'hub run'."
-            )
-        self._loop.call_soon_threadsafe(work)
+            ) from error
 
     def _enqueue(self, pending: _Pending) -> None:
         self._pending[pending.envelope.message_id] = pending
         connection = self._connections.get(pending.node_id)
         if connection is not None:
-            connection.outbound.put_nowait(pending)
+            connection.outbound.put_nowait(pending.envelope.message_id)
+
+    def _forget(self, message_ids: Sequence[str]) -> None:
+        for message_id in message_ids:
+            pending = self._pending.pop(message_id, None)
+            if pending is not None and pending.node_id in self._connections:
+                self._end_upload(self._connections[pending.node_id], message_id)
+
+    def _end_upload(self, connection: _Connection, message_id: str) -> None:
+        upload = connection.uploads.pop(message_id, None)
+        if upload is not None:
+            self._fetching.end(upload)
+
+    def _cut(self, connection: _Connection | None) -> None:
+        """End a stream at once, also one that is blocked in the middle of sending."""
+        if connection is not None and connection.task is not None and not connection.cut:
+            connection.cut = True
+            self._detach(connection)
+            connection.task.cancel()
+
+    def _detach(self, connection: _Connection) -> None:
+        """Read no more of a stream, and know its site as absent."""
+        reader, node_id = connection.reader, connection.peer.number
+        if reader is not None:
+            reader.cancel()
+        for message_id in list(connection.uploads):
+            self._end_upload(connection, message_id)
+        if self._connections.get(node_id) is connection:
+            del self._connections[node_id]
+            why = _failure(reader)
+            log.info("site %d %r detached%s", node_id, connection.peer.name, f": {why}" if why else "")
 
     def _run(self) -> None:
         try:
@@ -246,6 +241,8 @@ class Link(link_pb2_grpc.LinkServicer):
             log.error("the link ended: %s", error)
         finally:
             self._started.set()
+            # A refused call refers to itself; were it still there, gRPC would hold up the end of the process.
+            gc.collect()
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -264,23 +261,26 @@ class Link(link_pb2_grpc.LinkServicer):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), LOOK_PERIOD_S)
             self._drop_the_dead()
+            self._fetching.go_on()
         for connection in self._connections.values():
             connection.outbound.put_nowait(None)
         await server.stop(grace=1.0)
 
     def _drop_the_dead(self) -> None:
         """Cut streams that have fallen silent, forget requests that nobody waits for any more."""
-        for node_id, connection in self._connections.items():
+        for node_id, connection in list(self._connections.items()):
             if connection.silence_s > OFFLINE_S:
                 log.info("site %d %r: silent for %.0f s", node_id, connection.peer.name, OFFLINE_S)
-                connection.cut()
+                self._cut(connection)
+            elif time.monotonic() - connection.blocked_since > BLOCKED_S:
+                log.info("site %d %r: took nothing for %.0f s", node_id, connection.peer.name, BLOCKED_S)
+                self._cut(connection)
         now = time.monotonic()
-        for message_id in [m for m, pending in self._pending.items() if pending.expires < now]:
-            del self._pending[message_id]
+        self._forget([m for m, pending in self._pending.items() if pending.expires < now])
 
     async def Attach(  # noqa: N802 - the name is the service's
         self, request_iterator: AsyncIterator[link_pb2.SiteFrame], context: Any
-    ) -> AsyncIterator[link_pb2.HubFrame]:
+    ) -> None:
         """Serve one site's stream until either side ends it."""
         peer = await self._admitted(context)
         node_id = peer.number
@@ -290,42 +290,57 @@ class Link(link_pb2_grpc.LinkServicer):
             await context.abort(
                 grpc.StatusCode.ALREADY_EXISTS, "another agent is attached with this identity"
             )
-        if known is not None:
-            known.cut()
-        connection = _Connection(peer, context, asyncio.current_task(), asyncio.Queue(), time.monotonic())
+        self._cut(known)
+        connection = _Connection(peer, asyncio.current_task(), asyncio.Queue(), time.monotonic())
         self._connections[node_id] = connection
-        reader = asyncio.create_task(self._read(connection, request_iterator))
+        for pending in self._pending.values():
+            if pending.node_id == node_id:
+                connection.outbound.put_nowait(pending.envelope.message_id)
+        reader = connection.reader = asyncio.create_task(self._read(connection, request_iterator))
         # The reader knows first that the other end is gone.
         reader.add_done_callback(lambda _: connection.outbound.put_nowait(None))
+        log.info("site %d %r attached", node_id, peer.name)
+        greeting = link_pb2.Greeting(protocol_version=PROTOCOL_VERSION, software_version=SOFTWARE_VERSION)
         try:
-            log.info("site %d %r attached", node_id, peer.name)
-            yield link_pb2.HubFrame(
-                greeting=link_pb2.Greeting(
-                    protocol_version=PROTOCOL_VERSION, software_version=SOFTWARE_VERSION
-                )
-            )
-            for pending in list(self._pending.values()):
-                if pending.node_id == node_id:
-                    connection.outbound.put_nowait(pending)
+            await context.write(link_pb2.HubFrame(greeting=greeting))
             while (item := await self._next(connection)) is not None:
-                if isinstance(item, link_pb2.HubFrame):
-                    yield item
-                elif item.envelope.message_id in self._pending:
-                    yield link_pb2.HubFrame(request=item.envelope)
-                    for frame in _chunk_frames(item.envelope.message_id, item.attachment):
-                        yield frame
+                for frame in self._frames(item):
+                    connection.blocked_since = time.monotonic()
+                    await context.write(frame)
+                    connection.blocked_since = math.inf
+        except grpc.aio.InternalError:
+            # The other end is gone; the cancellation that follows ends this call.
+            await asyncio.sleep(LOOK_PERIOD_S)
+        except asyncio.CancelledError:
+            if not connection.cut:
+                raise
         finally:
-            reader.cancel()
-            if self._connections.get(node_id) is connection:
-                del self._connections[node_id]
-            log.info("site %d %r detached%s", node_id, peer.name, _reason(reader))
+            self._detach(connection)
+            connection.reader = connection.task = None
+        why = "the hub cut this stream" if connection.cut else _failure(reader)
+        if why:
+            # A task that ends leaves the other end waiting; a status that cannot leave is not waited for.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(context.abort(grpc.StatusCode.UNAVAILABLE, why), LOOK_PERIOD_S)
 
-    async def _next(self, connection: _Connection) -> "_Pending | link_pb2.HubFrame | None":
+    async def _next(self, connection: _Connection) -> str | link_pb2.HubFrame | None:
         """What to send next, a heartbeat at the least; None when the stream is to end."""
         try:
-            return await asyncio.wait_for(connection.outbound.get(), HEARTBEAT_S)
+            async with asyncio.timeout(HEARTBEAT_S):
+                return await connection.outbound.get()
         except TimeoutError:
             return link_pb2.HubFrame(heartbeat=link_pb2.Heartbeat())
+
+    def _frames(self, item: str | link_pb2.HubFrame) -> Iterator[link_pb2.HubFrame]:
+        """The frames of a request and what comes beside it, for as long as somebody waits for the reply."""
+        if isinstance(item, link_pb2.HubFrame):
+            yield item
+        elif (pending := self._pending.get(item)) is not None:
+            yield link_pb2.HubFrame(request=pending.envelope)
+            for frame in chunk_frames(item, pending.attachment):
+                if item not in self._pending:
+                    return
+                yield frame
 
     async def _admitted(self, context: Any) -> Peer:
         try:
@@ -368,65 +383,63 @@ class Link(link_pb2_grpc.LinkServicer):
             log.debug("site %d: dropped a reply that nobody waits for", connection.peer.number)
             return
         if not reply.attachment_bytes:
-            self._deliver(pending, reply)
+            self._deliver(reply)
             return
         if pending.sink is None:
             raise VerificationError("link.attachment", "an attachment came with a reply that may have none")
         if reply.message_id in connection.uploads:
             return  # said twice on this stream: it is being fetched
         try:
-            missing = await self._work(pending.sink.header, connection.peer.number, reply.body)
+            missing = await self._work(connection, pending.sink.header, reply.body)
         except WardroundError as error:
             log.warning("site %d: refused: %s", connection.peer.number, error)
             return
-        upload = _Upload(pending.sink, reply, deque(missing))
-        if upload.missing:
+        if not missing:
+            self._deliver(reply)
+        elif reply.message_id in self._pending:
+            upload = Upload(pending.sink, reply, deque(missing), connection.outbound.put_nowait)
             connection.uploads[reply.message_id] = upload
-            self._fetch(connection, upload)
-        else:
-            self._deliver(pending, reply)
+            self._fetching.begin(upload)
 
-    def _fetch(self, connection: _Connection, upload: _Upload) -> None:
-        """Ask for the next chunk that is missing.
+    async def _on_chunk(self, connection: _Connection, chunk: link_pb2.Chunk) -> None:
+        """Add a chunk that was asked for; what was withdrawn meanwhile, or comes twice, is dropped.
 
         Guarantee: a_half_sent_upload_resumes - no chunk that was added is asked for again.
         """
-        if upload.missing:
-            upload.asked = upload.missing.popleft()
-            want = link_pb2.Want(message_id=upload.reply.message_id, indices=[upload.asked])
-            connection.outbound.put_nowait(link_pb2.HubFrame(want=want))
-
-    async def _on_chunk(self, connection: _Connection, chunk: link_pb2.Chunk) -> None:
         upload = connection.uploads.get(chunk.message_id)
-        pending = self._pending.get(chunk.message_id)
-        if upload is None or pending is None or chunk.index != upload.asked:
-            if pending is None:
-                connection.uploads.pop(chunk.message_id, None)
+        if upload is None or chunk.index != upload.asked:
             return
         if not 0 < len(chunk.data) <= flower.CHUNK_SIZE_BYTES:
             raise VerificationError("link.chunk", "a chunk is empty or longer than 1 MiB")
-        # The next one travels while this one is added; awaiting here is the back-pressure on the site.
-        upload.asked = None
-        self._fetch(connection, upload)
+        self._fetching.arrived(upload)
         try:
-            await self._work(upload.sink.chunk, connection.peer.number, chunk.index, chunk.data)
+            # Awaiting here is the back-pressure on the site.
+            await self._work(connection, upload.sink.chunk, chunk.index, chunk.data)
         except WardroundError as error:
             log.warning("site %d: refused: %s", connection.peer.number, error)
-            connection.uploads.pop(chunk.message_id, None)
+            self._end_upload(connection, chunk.message_id)
             return
-        if upload.asked is None and not upload.missing:
-            connection.uploads.pop(chunk.message_id, None)
-            self._deliver(pending, upload.reply)
+        finally:
+            self._fetching.added()
+        if upload.whole and connection.uploads.pop(chunk.message_id, None) is upload:
+            self._deliver(upload.reply)
 
-    async def _work(self, function: Callable[..., R], *arguments: object) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+    async def _work(self, connection: _Connection, function: Callable[..., R], *arguments: object) -> R:
+        """Call the sink in a thread. Meanwhile the hub does not listen: the site is not silent."""
+        connection.last_seen = math.inf
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._executor, function, connection.peer.number, *arguments
+            )
+        finally:
+            connection.last_seen = time.monotonic()
 
-    def _deliver(self, pending: _Pending, reply: link_pb2.Envelope) -> None:
-        if self._pending.pop(reply.message_id, None) is not None:
+    def _deliver(self, reply: link_pb2.Envelope) -> None:
+        pending = self._pending.pop(reply.message_id, None)
+        if pending is not None:
             pending.deliver(reply)
 
 
-def _reason(reader: "asyncio.Task[None]") -> str:
-    """Why a stream ended, when its reader knows."""
-    error = reader.exception() if reader.done() and not reader.cancelled() else None
-    return f": {error}" if error is not None else ""
+def _failure(reader: "asyncio.Task[None] | None") -> str:
+    """Why reading a stream failed, if it did."""
+    return str(reader.exception() or "") if reader and reader.done() and not reader.cancelled() else ""

@@ -23,6 +23,8 @@ log = logging.getLogger("wardround.hub.rounds")
 
 REPLY_MARGIN_S: Final = 5.0
 ASK_AGAIN_S: Final = 0.5
+SETTLE_S: Final = 0.3
+SAY_AFTER_S: Final = 5.0
 LARGE_MODEL_BYTES: Final = 4 << 20
 
 
@@ -59,15 +61,19 @@ class _Uploads:
 class Round:
     """Carries the messages of one HubRound.
 
-    ``timing`` is the study's; ``unavailable`` holds who said so when asked for R1 or R3.
+    ``timing`` is the study's; ``say`` is told what is waited for, when that takes long; ``unavailable`` holds
+    who said so when asked for R1 or R3.
     """
 
-    def __init__(self, exchange: Exchange, round_: HubRound, timing: Aggregation) -> None:
+    def __init__(
+        self, exchange: Exchange, round_: HubRound, timing: Aggregation, say: Callable[[str], None]
+    ) -> None:
         self.attempts = 0
         self.unavailable: set[int] = set()
         self._exchange = exchange
         self._round = round_
         self._timing = timing
+        self._say = say
         self._deadline = time.monotonic() + timing.deadline_s
 
     def run(self, sites: Collection[int], state: bytes) -> None:
@@ -91,20 +97,30 @@ class Round:
     def _ready(self, sites: Collection[int], state: bytes) -> None:
         """R0 and R1. When a cohort is possible, the others have ``straggler_s`` more."""
         exchange, round_, enough = self._exchange, self._round, [0.0]
+        m, asked = self._timing.minimum_hospitals, time.monotonic()
 
         def until() -> float:
-            if not enough[0] and len(round_.possible()) >= self._timing.minimum_hospitals:
+            missing = set(sites) - set(round_.ready_ids()) - self.unavailable
+            if len(sites) - len(self.unavailable) < m:
+                return 0.0  # whoever is still to answer: there will be no cohort
+            if not enough[0] and len(round_.possible()) >= m:
                 enough[0] = time.monotonic() + self._timing.straggler_s
+            if missing and time.monotonic() - asked > SAY_AFTER_S:
+                self._say("waiting for the update of " + self._names(missing))
             return enough[0] or float("inf")
 
-        self.unavailable |= exchange.collect(
+        exchange.collect(
             messages.READY,
             {site: exchange.request(messages.READY, round_.start) for site in sites},
             self._timing.deadline_s + REPLY_MARGIN_S,
             lambda site, found: round_.on_ready(site, only(found, records.Ready)),
             attachment=flower.chunks(state),
             until=until,
+            unavailable=self.unavailable,
         )
+
+    def _names(self, sites: Collection[int]) -> str:
+        return ", ".join(self._exchange.names[site] for site in sorted(sites))
 
     def _attempt(self, without: Collection[int]) -> set[int]:
         """R2 and R3 of one attempt. Returns who has to be left out, or nothing when all have uploaded."""
@@ -113,17 +129,18 @@ class Round:
         self.attempts = cohort.attempt
         requests = {site: exchange.request(messages.UPLOAD, cohort) for site in cohort.ids}
         gone: set[int] = set()
+        patience, given_up = self._patience(round_.missing_uploads), [float("inf")]
         with self._streaming():
             for site, reply, chunks in exchange.ask(
-                messages.UPLOAD, requests, self._timing.upload_s, until=self._patience(round_.missing_uploads)
+                messages.UPLOAD, requests, self._timing.upload_s, until=lambda: min(patience(), given_up[0])
             ):
                 if not reply.available:
                     log.info("%s: unavailable for %s", exchange.name(site), messages.UPLOAD.message_type)
                     gone.add(site)
                     self.unavailable.add(site)
-                    # This sum can't be opened any more: the others mask again at once.
-                    break
-                if chunks:
+                    # This sum can't be opened any more: the others mask again, without all who say so now.
+                    given_up[0] = min(given_up[0], time.monotonic() + SETTLE_S)
+                elif chunks:
                     self._add(site, only(reply.records, records.Upload), chunks)
         missing = set(round_.missing_uploads())
         return set(without) | (gone or missing) if missing else set()
@@ -158,15 +175,15 @@ class Round:
         while missing := round_.missing_openings():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
-                names = ", ".join(map(exchange.name, missing))
-                raise RoundLost("rounds.openings", f"{names} did not open")
+                raise RoundLost("rounds.openings", f"{self._names(missing)} did not open")
             exchange.collect(
                 messages.OPEN,
                 {site: exchange.request(messages.OPEN, please) for site in missing},
                 left_s,
                 lambda site, found: round_.on_open(site, only(found, records.Open)),
             )
-            if round_.missing_openings():
+            if missing := round_.missing_openings():
+                self._say("waiting for the opening of " + self._names(missing))
                 exchange.pause(ASK_AGAIN_S)
 
     def _patience(self, missing: Callable[[], Collection[int]]) -> Callable[[], float]:

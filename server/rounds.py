@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
@@ -18,10 +19,12 @@ from flwr.serverapp import Grid
 from common import identity, messages
 from common.admissible import check
 from common.errors import FailureError, RefusedError, UnreachableError, WardroundError
+from common.messages import Kind, Request
 from common.roster import SignedRoster
 from common.run import run_params, study_document
 from common.secagg import records
 from common.secagg.hub import HubRound, HubSetup, Setup
+from common.secagg.records import Record
 from common.study import SignedManifest
 from common.tasks.models import initial_state
 from common.tasks.state import check_state, load_state, model_digest, state_bytes
@@ -171,28 +174,29 @@ class StudyRun:
         if row.pairs:
             pairs = frozenset((i, j) for i, j in json.loads(row.pairs))
             return Setup(directory, records.directory_digest(self._params.man, directory.entries), pairs)
-        self._status("setting up")
         # Before it leaves: a run has one Directory, also after a restart.
         self._store.keep_setup(self._digest, records.encode(directory), None)
-        exchange.collect(
+        self._each(
+            setup,
             messages.DIRECTORY,
-            dict.fromkeys(setup.listed, exchange.request(messages.DIRECTORY, directory)),
-            SETUP_TIMEOUT_S,
+            lambda _: exchange.request(messages.DIRECTORY, directory),
             lambda site, found: setup.on_pair_seeds(site, every(found, records.PairSeed)),
         )
-        exchange.collect(
+        self._each(
+            setup,
             messages.SEEDS,
-            {i: exchange.request(messages.SEEDS, *setup.seeds_for(i)) for i in setup.listed},
-            SETUP_TIMEOUT_S,
+            lambda site: exchange.request(messages.SEEDS, *setup.seeds_for(site)),
             lambda site, found: setup.on_confirm(site, only(found, records.Confirm)),
         )
-        exchange.collect(
+        joined = self._each(
+            setup,
             messages.CONFIRMS,
-            {i: exchange.request(messages.CONFIRMS, *setup.confirms_for(i)) for i in setup.listed},
-            SETUP_TIMEOUT_S,
+            lambda site: exchange.request(messages.CONFIRMS, *setup.confirms_for(site)),
             lambda _site, _found: None,
         )
         outcome = setup.outcome()
+        # Who never got the others' confirmations has accepted no pair.
+        outcome = replace(outcome, pairs=frozenset(pair for pair in outcome.pairs if set(pair) <= joined))
         paired = outcome.cohort_among(setup.listed)
         if len(paired) < self._params.m:
             raise RefusedError(
@@ -202,6 +206,37 @@ class StudyRun:
         self._store.keep_setup(self._digest, records.encode(directory), list(outcome.pairs))
         log.info("%s: %d hospitals share keys", self._label, len(paired))
         return outcome
+
+    def _each(
+        self,
+        setup: HubSetup,
+        kind: Kind,
+        request: Callable[[int], Request],
+        take: Callable[[int, tuple[Record, ...]], None],
+    ) -> set[int]:
+        """One step of the setup with every hospital of the Directory; who has answered.
+
+        Asked again while some are missing: for the setup's time, or ``quorum_s`` while fewer than m have
+        answered.
+        """
+        answered: set[int] = set()
+        began, quorum_s = time.monotonic(), self._manifest.study.aggregation.quorum_s
+
+        def taken(site: int, found: tuple[Record, ...]) -> None:
+            take(site, found)
+            answered.add(site)
+
+        while missing := set(setup.listed) - answered:
+            waited_s, few = time.monotonic() - began, len(answered) < self._params.m
+            if waited_s >= (quorum_s if few else SETUP_TIMEOUT_S):
+                break
+            self._status("setting up", self._waits_for(missing) if waited_s > CONSENT_TIMEOUT_S else "")
+            self._unexpired()
+            requests = {site: request(site) for site in self._exchange.online() if site in missing}
+            self._exchange.collect(kind, requests, CONSENT_TIMEOUT_S, taken)
+            if set(setup.listed) - answered:
+                self._exchange.pause(CONSENT_PERIOD_S)
+        return answered
 
     def _announce(self, setup: HubSetup) -> None:
         """S1 of everybody, or of at least m when the rest stays silent for the setup's time."""
@@ -282,7 +317,7 @@ class StudyRun:
             try:
                 everyone = self._round(setup, number, sites, step)
                 # A hospital that is paused, or has withdrawn, says so when it is asked for its decision.
-                lost, consult = 0, not everyone or consult and len(sites) < len(self._exchange.online())
+                lost, consult = 0, not everyone or (consult and len(sites) < len(self._exchange.online()))
             except RoundLost as error:
                 lost, consult = lost + 1, True
                 self._store.lose_round(self._digest, number, error.problem)
@@ -311,7 +346,7 @@ class StudyRun:
             deadline=int(self._clock() + timing.deadline_s) + 1,
             sign=self._sign,
         )
-        carried = Round(self._exchange, round_, timing)
+        carried = Round(self._exchange, round_, timing, lambda detail: self._status("running", detail))
         carried.run(sites, self._model)
         sums, context = round_.finish(), round_.accumulator.ctx
         cohort = sums.cohort

@@ -137,6 +137,13 @@ class Machine:
         self._persist(state)
         self._state = state
 
+    def drop_out(self) -> None:
+        """Forget the vectors and the seed of the round, as a restart does.
+
+        Guarantee: a_dropped_round_leaves_no_vectors - what was uploaded can still be opened, nothing masked.
+        """
+        self._forget()
+
     def _forget(self) -> None:
         for words in self._vectors or ():
             words.fill(0)

@@ -20,6 +20,7 @@ from common.errors import FailureError, RefusedError, UnreachableError, Verifica
 from server import link as link_module
 from server.grid import GrpcGrid
 from server.link import Link
+from server.transfers import PART_SIZE_BYTES
 from tests.conftest import Credentials, Pki
 from tests.cutting import CuttingProxy
 
@@ -138,7 +139,7 @@ def test_a_request_and_its_attachment_come_back_through_the_sink(pki: Pki) -> No
     with running_link(pki) as link, RunningAgent(link, pki.client(3), 3, echo):
         grid = GrpcGrid(link)
         data = bytes(range(256)) * 10_000
-        grid.sink = sink = Collected(len(flower.chunks(data)))
+        grid.sink = sink = Collected(-(-len(data) // PART_SIZE_BYTES))
         wait_until(lambda: 3 in link.online())
         replies = ask(grid, 3, b"hello", flower.chunks(data))
         assert [flower.body_of(reply) for reply in replies] == [b"olleh"]
