@@ -59,6 +59,11 @@ class Computation:
         """Whether ``end`` was called."""
         return self._ended
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a worker, ready or starting."""
+        return self._process is not None and self._process.poll() is None
+
     def warm(self) -> None:
         """Begin to start a worker without waiting for it: imports take seconds, and no row is read yet."""
         with self._changing:

@@ -266,7 +266,13 @@ class Participation:
         with self._lock(man):
             self._check_approved(man)
             run = self._run(man)
-        run.await_worker(start, min(start.deadline - began, run.manifest.study.aggregation.deadline_s))
+            # No worker is started, nor waited for, for a round that would be refused.
+            new = start.round > run.site.round
+            if new and not run.computation.running:
+                self._guard.check_budget(run.manifest, self._guard.check_runnable(run.manifest), start.round)
+        if new:
+            timeout_s = min(start.deadline - began, run.manifest.study.aggregation.deadline_s)
+            run.await_worker(start, timeout_s)
         with self._lock(man):
             self._check_approved(man)
             run = self._run(man)
@@ -292,7 +298,8 @@ class Participation:
     ) -> tuple[threading.Event, int, bytes]:
         """Check and charge a round; what cuts it short, the model's numbers and its digest.
 
-        Guarantee: a_newer_round_ends_the_older - at once, but only a round that the machine accepts.
+        Guarantee: a_newer_round_ends_the_older - at once, unless its rows are still being loaded, and only
+        a round that the machine accepts.
         """
         manifest = run.manifest
         admitted = self._guard.check_runnable(manifest)

@@ -68,6 +68,10 @@ class ComputedHere(Computation):
     def warm(self) -> None:
         """There is nothing to start."""
 
+    @property
+    def running(self) -> bool:
+        return not self.ended
+
     def started(self, timeout_s: float) -> bool:
         return not self.ended
 

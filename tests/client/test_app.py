@@ -22,9 +22,11 @@ def folder(federation: Federation) -> Iterator[str]:
     client_app.close(name)
 
 
-def message(message_type: str, body: bytes) -> flower.Message:
+def message(message_type: str, body: bytes, group: str | None = None) -> flower.Message:
+    """A request as it arrives, under the study it names or under another group."""
+    group = messages.run_of(message_type, body) if group is None else group
     return flower.received(
-        "m1", 1, message_type, body, group="", attachment=(), created_at=time.time(), ttl_s=60.0
+        "m1", 1, message_type, body, group=group, attachment=(), created_at=time.time(), ttl_s=60.0
     )
 
 
@@ -75,3 +77,17 @@ def test_a_node_without_a_folder_is_a_usage_error() -> None:
     with pytest.raises(UsageError) as caught:
         client_app.answer(message("query.keys", b""), flower.context_for(1, {}))
     assert caught.value.code == "client-app.config"
+
+
+def test_a_request_under_another_study_than_it_names_is_refused(federation: Federation, folder: str) -> None:
+    """Replies are kept by group: a hub must not choose under which one."""
+    context = flower.context_for(1, {"site-home": folder})
+    manifest = federation.manifest()
+    offer = messages.encode_request(
+        Request(messages.STUDY, manifest.digest, (), federation.document(manifest))
+    )
+    for group in ("", "00" * 32, manifest.digest.hex() + "x"):
+        reply = client_app.app(message("query.study", offer, group), context)
+        assert flower.body_of(reply) == messages.encode_reply(Reply(messages.STUDY, available=False))
+    reply = client_app.app(message("query.study", offer), context)
+    assert messages.decode_reply("query.study", flower.body_of(reply)).decision == "received"

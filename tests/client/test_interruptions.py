@@ -248,8 +248,10 @@ def busy(
     hub = Hub(federation, manifest, sites).joined()
     found = Busy(hub, hub.start(), now=now)
     if computing:
-        process = sites[1]._runs[hub.man].computation._process
-        assert process is not None
+        computation = sites[1]._runs[hub.man].computation
+        # A round is charged only for a worker that has started; one that loads its rows is let finish that.
+        assert computation.started(TIMEOUT_S)
+        process = computation._loaded(threading.Event())
         found.pid = process.pid
         os.kill(found.pid, signal.SIGSTOP)
     found.begin()
@@ -690,3 +692,89 @@ def test_the_same_entropy_gives_the_same_bits(
         totals.append(np.concatenate([hub.whole_round() for _ in range(2)]))
     assert (totals[0] == totals[1]).all()
     assert (totals[0] != totals[2]).any()
+
+
+def test_a_dropped_round_leaves_no_vectors(hub: Hub) -> None:
+    """A pause forgets the vectors and the seed at once; what was uploaded can still be opened after it."""
+    round_ = hub.start()
+    assert all(hub.ready(round_).values())
+    machine, others = hub.sites[1]._runs[hub.man].site, hub.sites[2]._runs[hub.man].site
+    assert machine._vectors is not None
+    words = machine._vectors[0]
+    assert words.any()
+    pause(hub.federation)
+    hub.sites[1].watch()
+    assert machine._vectors is None
+    assert machine._seed == b""
+    assert not words.any()
+    assert others._vectors is not None
+
+
+def test_nothing_kept_may_leave_after_a_decision(hub: Hub) -> None:
+    """What the agent is told of the replies it keeps, at every moment of a run."""
+    site, group = hub.sites[1], hub.man.hex()
+    assert site.may_send(group)
+    for other in ("", "00" * 32, "not a digest"):
+        assert not site.may_send(other)
+    pause(hub.federation)
+    site.watch()
+    assert not site.may_send(group)
+    pause(hub.federation, "resumed")
+    site.watch()
+    assert hub.ask(1, messages.KEYS).available
+    assert site.may_send(group)
+    assert hub.ask(1, messages.CLOSE).available
+    assert not site.may_send(group)
+    site.interrupt()
+    assert not site.may_send(group)
+
+
+class Slow(ComputedHere):
+    """A worker that is starting until it is told to have started."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ready = threading.Event()
+
+    def started(self, timeout_s: float) -> bool:
+        return self.ready.wait(timeout_s) and not self.ended
+
+
+def test_no_round_is_charged_for_a_worker_that_is_still_starting(
+    federation: Federation, opened: list[Participation]
+) -> None:
+    """Rounds that come and go meanwhile cost nothing; the newest one is computed when the worker is there."""
+    made: list[Slow] = []
+
+    def computation(*arguments: Any) -> Slow:
+        made.append(Slow(*arguments))
+        return made[-1]
+
+    sites = {1: Participation(federation.sites[1], computation=computation)}
+    sites |= {n: Participation(federation.sites[n], computation=ComputedHere) for n in (2, 3)}
+    opened.extend(sites.values())
+    hub = Hub(federation, federation.manifest(training__rounds=20), sites).joined()
+    answers: dict[int, Reply] = {}
+
+    def ask(number: int) -> threading.Thread:
+        start = hub.start(number).start
+        body = messages.encode_request(messages.Request(messages.READY, hub.man, (start,)))
+
+        def run() -> None:
+            reply, _ = sites[1].answer(messages.READY.message_type, body, (hub.state,))
+            answers[number] = messages.decode_reply(messages.READY.message_type, reply)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    threads = [ask(number) for number in (1, 2, 3)]
+    time.sleep(0.3)
+    assert story(federation) == []
+    (starting,) = {id(run.computation): run.computation for run in sites[1]._runs.values()}.values()
+    assert isinstance(starting, Slow)
+    starting.ready.set()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    assert {number: reply.available for number, reply in answers.items()} == {1: False, 2: False, 3: True}
+    assert story(federation) == [(3, "charged")]

@@ -39,7 +39,18 @@ from server.processes import free_port
 from server.store import Checkpoint, Store, StudyRow
 from tests.federation import small_study
 
-NAMES = ("St. Mary", "Northgate", "Riverside", "Holy Cross", "Eastfield")
+NAMES = (
+    "St. Mary",
+    "Northgate",
+    "Riverside",
+    "Holy Cross",
+    "Eastfield",
+    "Westfield",
+    "Southgate",
+    "Hilltop",
+    "Lakeside",
+    "Old Mill",
+)
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 WITHOUT_DP = {"kind": "without_differential_privacy"}
 

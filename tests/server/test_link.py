@@ -635,3 +635,40 @@ def test_a_hub_that_asks_for_too_much_is_left(pki: Pki) -> None:
     assert agent._outbound.qsize() == 1
     with pytest.raises(VerificationError, match="more chunks than it takes"):
         agent._send_chunks(link_pb2.Want(message_id="m", indices=[0] * 64))
+
+
+def test_nothing_kept_leaves_after_a_decision(pki: Pki) -> None:
+    """A reply of a round is kept for a hub that asks again, until the site may send it no more."""
+    allowed = threading.Event()
+    allowed.set()
+    calls: list[str] = []
+
+    def count(message: flower.Message) -> flower.Message:
+        calls.append(message.metadata.message_type)
+        chunks = [b"data"] if allowed.is_set() else []
+        return flower.reply(message, b"header" if chunks else b"unavailable", chunks)
+
+    hooks = {"may_send": lambda group: group == "study" and allowed.is_set()}
+    with running_link(pki) as link, RunningAgent(link, pki.client(1), 1, count, **hooks):
+        wait_until(lambda: 1 in link.online())
+        got: list[bytes] = []
+        sink = Collected(1)
+        envelope = link_pb2.Envelope(
+            message_id="same", message_type="train.upload", group="study", body=b"x", ttl_s=60
+        )
+
+        def ask(expected: int) -> bytes:
+            link.request(1, envelope, (), sink, lambda reply: got.append(reply.body))
+            wait_until(lambda: len(got) == expected)
+            return got[-1]
+
+        assert (ask(1), ask(2), len(calls)) == (b"header", b"header", 1)
+        allowed.clear()
+        assert (ask(3), len(calls)) == (b"unavailable", 2)
+        added = len(sink.chunks)
+        link._loop.call_soon_threadsafe(  # type: ignore[union-attr]
+            link._connections[1].outbound.put_nowait,
+            link_pb2.HubFrame(want=link_pb2.Want(message_id="same", indices=[0])),
+        )
+        time.sleep(0.3)
+        assert len(sink.chunks) == added

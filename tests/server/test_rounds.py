@@ -398,6 +398,76 @@ def test_hospitals_that_withdraw_are_left_out_while_a_quorum_stays(stage: Make) 
     assert study.status == ("denied", "denied by Northgate, Holy Cross")
 
 
+@pytest.mark.parametrize("kind", ["query.directory", "query.seeds", "query.confirms"])
+def test_one_refusal_in_the_setup_is_asked_again(stage: Make, kind: str) -> None:
+    study = stage(training__rounds=1)
+    refusal = messages.encode_reply(Reply(messages.KINDS[kind], available=False))
+    times = iter(range(1000))
+    study.room.meddle = lambda site, asked, body, payload: (
+        (refusal, ()) if (site, asked) == (3, kind) and next(times) < 2 else (body, payload)
+    )
+    study.run()
+    assert study.status == ("done", "")
+    assert lost(study) == []
+
+
+def test_who_never_gets_the_confirmations_is_in_no_cohort(stage: Make) -> None:
+    study = stage(4, training__rounds=1)
+    refusal = messages.encode_reply(Reply(messages.CONFIRMS, available=False))
+    study.room.meddle = lambda site, asked, body, payload: (
+        (refusal, ()) if (site, asked) == (4, "query.confirms") else (body, payload)
+    )
+    study.run()
+    assert study.cohorts() == [[1, 2, 3]]
+    assert json.loads(study.store.study(study.digest).pairs) == [[1, 2], [1, 3], [2, 3]]
+
+
+def test_dropouts_at_one_time_cost_one_attempt(stage: Make) -> None:
+    """Three of ten restart between R1 and R2: the seven that are left are enough, and soon."""
+    study = stage(10, training__rounds=1)
+    gone = messages.encode_reply(Reply(messages.UPLOAD, available=False))
+    study.room.meddle = lambda site, kind, body, payload: (
+        (gone, ()) if kind == "train.upload" and site in (2, 5, 9) else (body, payload)
+    )
+    study.run()
+    (row,) = study.store.rounds(study.digest)
+    assert (json.loads(row.cohort), row.attempt) == ([1, 3, 4, 6, 7, 8, 10], 2)
+    assert lost(study) == []
+
+
+def test_a_round_that_can_have_no_cohort_is_not_waited_for(stage: Make) -> None:
+    study = stage(4, training__rounds=1, aggregation__deadline_s=600, aggregation__rounds_max=1)
+    unavailable = messages.encode_reply(Reply(messages.READY, available=False))
+
+    def meddle(site: int, kind: str, body: bytes, payload: tuple[bytes, ...]) -> Any:
+        if kind != "train.ready" or site > 3:
+            return body, payload
+        return None if site == 1 else (unavailable, ())
+
+    study.room.meddle = meddle
+    with pytest.raises(FailureError, match="1 rounds were lost"):
+        study.run()
+
+
+def test_what_a_round_waits_for_is_in_the_status(stage: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_module, "SAY_AFTER_S", 0.0)
+    study = stage(4, training__rounds=1, aggregation__straggler_s=1)
+    shown: set[str] = set()
+    later = messages.encode_reply(Reply(messages.OPEN, available=False))
+    times = iter(range(1000))
+
+    def meddle(site: int, kind: str, body: bytes, payload: tuple[bytes, ...]) -> Any:
+        shown.add(study.status[1])
+        if (site, kind) == (3, "train.ready"):
+            return None
+        return (later, ()) if (site, kind) == (2, "train.open") and next(times) < 2 else (body, payload)
+
+    study.room.meddle = meddle
+    study.run()
+    assert {"waiting for the update of Riverside", "waiting for the opening of Northgate"} <= shown
+    assert study.status == ("done", "")
+
+
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
