@@ -12,11 +12,11 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from common.errors import RefusedError, UsageError, VerificationError
+from common.identity import sync_folder
 
 RUN_SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS runs (man BLOB PRIMARY KEY, state BLOB NOT NULL) STRICT;
@@ -24,71 +24,24 @@ CREATE TABLE IF NOT EXISTS runs (man BLOB PRIMARY KEY, state BLOB NOT NULL) STRI
 PRAGMAS: Final = ("journal_mode=TRUNCATE", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY")
 
 
-@dataclass(frozen=True, slots=True)
 class SiteHome:
-    """Paths inside a site's folder. Nothing is read or created by making one."""
+    """Paths inside a site's folder. Nothing is read or created by making one.
 
-    folder: Path
+    ``request`` goes to the coordinator, ``admission`` comes back; ``protocol_key`` and ``ledger_key`` sign
+    nothing but what their names say; from ``split_secret`` (32 random bytes) split keys are derived;
+    ``ledger_mark`` remembers the last charge and ``runs`` holds secrets of running studies, both outside
+    backups; ``pins`` are the fingerprints of other hospitals that a person here has accepted.
+    """
 
-    @property
-    def settings(self) -> Path:
-        """``site.toml``."""
-        return self.folder / "site.toml"
-
-    @property
-    def policy(self) -> Path:
-        """``policy.toml``."""
-        return self.folder / "policy.toml"
-
-    @property
-    def request(self) -> Path:
-        """The public admission request, to be sent to the coordinator."""
-        return self.folder / "request.json"
-
-    @property
-    def admission(self) -> Path:
-        """What the coordinator sent back."""
-        return self.folder / "admission.json"
-
-    @property
-    def tls_key(self) -> Path:
-        """The private key of the link."""
-        return self.folder / "keys" / "tls.pem"
-
-    @property
-    def protocol_key(self) -> Path:
-        """The private key that signs secure aggregation messages and nothing else."""
-        return self.folder / "keys" / "protocol.pem"
-
-    @property
-    def ledger_key(self) -> Path:
-        """The private key that signs ledger heads and nothing else."""
-        return self.folder / "keys" / "ledger.pem"
-
-    @property
-    def split_secret(self) -> Path:
-        """32 random bytes from which per-study split keys are derived."""
-        return self.folder / "keys" / "split.secret"
-
-    @property
-    def ledger(self) -> Path:
-        """The privacy ledger."""
-        return self.folder / "ledger.db"
-
-    @property
-    def ledger_mark(self) -> Path:
-        """The last charge, remembered outside the ledger and outside backups."""
-        return self.folder / "run" / "ledger.mark"
-
-    @property
-    def runs(self) -> Path:
-        """Secrets of running studies; never part of a backup."""
-        return self.folder / "run" / "runs.db"
-
-    @property
-    def pins(self) -> Path:
-        """Fingerprints of other hospitals that a person here has accepted."""
-        return self.folder / "pins.json"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings, self.policy = folder / "site.toml", folder / "policy.toml"
+        self.request, self.admission = folder / "request.json", folder / "admission.json"
+        keys, run = folder / "keys", folder / "run"
+        self.tls_key, self.protocol_key = keys / "tls.pem", keys / "protocol.pem"
+        self.ledger_key, self.split_secret = keys / "ledger.pem", keys / "split.secret"
+        self.ledger, self.pins = folder / "ledger.db", folder / "pins.json"
+        self.ledger_mark, self.runs = run / "ledger.mark", run / "runs.db"
 
     def study(self, digest: str) -> Path:
         """The folder entry of one received study."""
@@ -137,11 +90,7 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 class RunFile:
