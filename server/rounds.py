@@ -239,14 +239,18 @@ class StudyRun:
         return answered
 
     def _announce(self, setup: HubSetup) -> None:
-        """S1 of everybody, or of at least m when the rest stays silent for the setup's time."""
-        exchange, patience = self._exchange, time.monotonic() + SETUP_TIMEOUT_S
+        """S1 of everybody, or of at least m when the rest stays silent for the setup's time.
+
+        Fewer are waited for as long as ``quorum_s``; there is no directory then.
+        """
+        exchange, began = self._exchange, time.monotonic()
+        quorum_s = self._manifest.study.aggregation.quorum_s
         while missing := setup.missing_announces():
             online = [i for i in exchange.online() if i in missing]
-            late = time.monotonic() >= patience
-            if late and len(self._names) - len(missing) >= self._params.m:
+            waited_s, few = time.monotonic() - began, len(self._names) - len(missing) < self._params.m
+            if waited_s >= (quorum_s if few else SETUP_TIMEOUT_S):
                 break
-            self._status("setting up", self._waits_for(missing) if late else "")
+            self._status("setting up", self._waits_for(missing) if waited_s > CONSENT_TIMEOUT_S else "")
             self._unexpired()
             exchange.collect(
                 messages.KEYS,

@@ -148,7 +148,9 @@ def test_a_register_that_cannot_pay_refuses_to_approve(tmp_path: Path, processes
 def test_a_budget_lowered_after_approval_stops_before_computing(tmp_path: Path, processes: Processes) -> None:
     federation = Federation(tmp_path, processes)
     agents = federation.start()
-    study = small_study(federation.names, training__rounds=2, aggregation__deadline_s=20)
+    study = small_study(
+        federation.names, training__rounds=2, aggregation__deadline_s=20, aggregation__quorum_s=2
+    )
     digest = federation.submit(study)
     for number in (1, 2):
         federation.approve(number, digest)
@@ -157,10 +159,12 @@ def test_a_budget_lowered_after_approval_stops_before_computing(tmp_path: Path, 
     # Between this hospital's approval and round 1, its cap is lowered below what one round costs.
     federation.edit_policy(1, register={"epsilon_t": 0.01, "epsilon_w": 0.01})
     federation.approve(3, digest)
-    assert federation.watch(digest)[-1]["status"] == "failed"
+    last = federation.watch(digest)[-1]
+    assert last["status"] == "failed"
+    assert last["detail"] == "3 hospitals are needed; waiting for St. Mary was in vain"
     assert agents[0].process.wait(20) == 4
     assert not any(isinstance(entry, Charge) for entry in entries(federation, 1))
-    assert "refused before computing" in federation.log("site1")
+    assert "unavailable: the register can pay 0 more such rounds" in federation.log("site1")
 
 
 def test_a_study_changed_after_approval_is_not_run(tmp_path: Path, processes: Processes) -> None:
@@ -168,7 +172,7 @@ def test_a_study_changed_after_approval_is_not_run(tmp_path: Path, processes: Pr
     federation.start_hub()
     first = federation.start_site(1)
     federation.start_site(2)
-    digest = federation.submit(small_study(federation.names))
+    digest = federation.submit(small_study(federation.names, aggregation__quorum_s=5))
     federation.approve(1, digest)
     federation.approve(2, digest)
     # The coordinator submits the same study with more rounds: another digest, which nobody has approved.
