@@ -51,6 +51,7 @@ class Computation:
         self._process: subprocess.Popen[bytes] | None = None
         self._greeting: Future[None] | None = None
         self._prepared: subprocess.Popen[bytes] | None = None
+        self._proven: subprocess.Popen[bytes] | None = None
         self._round: threading.Event | None = None
         self._ended = False
 
@@ -96,6 +97,7 @@ class Computation:
                     if cut.is_set():
                         raise FailureError("worker.cut", "the round was over before its rows were loaded")
                     result = self._ask(process, {"op": "compute"}, state)
+                    self._proven = process
                 finally:
                     self._round = None
         finally:
@@ -107,15 +109,15 @@ class Computation:
     def stop(self, cut: threading.Event, overrun: bool = False) -> None:
         """Set ``cut`` and kill the worker that computes for it; the next round gets a fresh one.
 
-        One that is still starting or loading rows goes on with that, for the next round, unless it has
-        overrun its time: else a hospital that is slow to start would be started anew for ever.
+        One still starting, loading rows or computing for the first time goes on with that, for the
+        next round, unless it has overrun its time: else a slow starter would be started anew for ever.
 
         Guarantee: a_cut_round_is_not_computed - whether its worker is running, starting or not there yet.
         """
         cut.set()
         with self._changing:
             process = self._process if self._round is cut else None
-            if process is not self._prepared and not overrun:
+            if process is not self._proven and not overrun:
                 process = None
         self._drop(process)
 

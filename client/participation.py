@@ -298,8 +298,8 @@ class Participation:
     ) -> tuple[threading.Event, int, bytes]:
         """Check and charge a round; what cuts it short, the model's numbers and its digest.
 
-        Guarantee: a_newer_round_ends_the_older - at once, unless its rows are still being loaded, and only
-        a round that the machine accepts.
+        Guarantee: a_newer_round_ends_the_older - at once, unless its worker computes for the first time, and
+        only a round that the machine accepts.
         """
         manifest = run.manifest
         admitted = self._guard.check_runnable(manifest)

@@ -249,9 +249,9 @@ def busy(
     found = Busy(hub, hub.start(), now=now)
     if computing:
         computation = sites[1]._runs[hub.man].computation
-        # A round is charged only for a worker that has started; one that loads its rows is let finish that.
+        # A round is charged only for a worker that has started; a newer one ends a worker that has proven itself.
         assert computation.started(TIMEOUT_S)
-        process = computation._loaded(threading.Event())
+        process = computation._proven = computation._loaded(threading.Event())
         found.pid = process.pid
         os.kill(found.pid, signal.SIGSTOP)
     found.begin()
