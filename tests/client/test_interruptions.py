@@ -195,7 +195,7 @@ class Busy:
     hub: Hub
     round_: HubRound
     pid: int = 0
-    now: list[float] = field(default_factory=lambda: [time.time()])
+    ahead_s: list[float] = field(default_factory=lambda: [0.0])
     answers: list[tuple[bytes, tuple[bytes, ...]]] = field(default_factory=list)
 
     @property
@@ -234,11 +234,11 @@ def busy(
 ) -> Iterator[Busy]:
     """A worker that is stopped so that it never answers, or the wait for the round's fixed time."""
     computing = request.param == "computing"
-    now = [time.time()]
+    ahead_s = [0.0]
     sites = {
         n: Participation(
             federation.sites[n],
-            clock=lambda: now[0],
+            clock=lambda: time.time() + ahead_s[0],
             computation=Computation if computing and n == 1 else ComputedHere,
         )
         for n in (1, 2, 3)
@@ -246,7 +246,7 @@ def busy(
     opened.extend(sites.values())
     manifest = federation.manifest(training__rounds=20, aggregation__ready_s=0 if computing else 30)
     hub = Hub(federation, manifest, sites).joined()
-    found = Busy(hub, hub.start(), now=now)
+    found = Busy(hub, hub.start(), ahead_s=ahead_s)
     if computing:
         computation = sites[1]._runs[hub.man].computation
         # A round is charged only for a worker that has started; a newer one ends a worker that has proven itself.
@@ -271,7 +271,7 @@ def pause_it(busy: Busy) -> None:
 
 
 def expire(busy: Busy) -> None:
-    busy.now[0] = time.mktime((2100, 1, 1, 0, 0, 0, 0, 0, 0))
+    busy.ahead_s[0] = time.mktime((2100, 1, 1, 0, 0, 0, 0, 0, 0)) - time.time()
     busy.site.watch()
 
 
@@ -342,7 +342,7 @@ def test_a_newer_round_ends_the_older(busy: Busy) -> None:
         assert hub.raw(1, messages.READY, start, attachment=hub.state) == unavailable(messages.READY)
     busy.goes_on()
     hub.round_number = started
-    newer = Busy(hub, hub.start(), now=busy.now)
+    newer = Busy(hub, hub.start(), ahead_s=busy.ahead_s)
     newer.begin()
     busy.ended()
     if busy.pid:
