@@ -1,9 +1,9 @@
-"""What a ledger leaf may say: closed schemas of data-independent fields, and how one follows another.
+"""What a ledger leaf may say: closed schemas of data-independent fields.
 
 Source: PRIVACY "Registers", "What else may cross the wire", "Event fields"; RFC 8785 (leaf bytes).
 Rules: every field is on a list here; a leaf holds no count of rows, duration, batch size or exception
-text; times are whole minutes of UTC; every leaf names who wrote it and with which version; leaves are
-numbered from 0 and time never goes backwards; only a person's decision carries free text.
+text; times are whole minutes of UTC; every leaf names who wrote it and with which version; only a person's
+decision carries free text; a hospital's ledger and the hub's have no kind of leaf in common.
 """
 
 import re
@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from common.encoding import canonical_json, parse_canonical_json
-from common.errors import RefusedError, UsageError, VerificationError
-from common.identity import key_bytes
+from common.errors import UsageError, VerificationError
+from common.identity import MAX_ID, key_bytes, name_problem
 from common.version import SOFTWARE_VERSION
 
 UNPLACED: Final = -1
@@ -98,7 +98,30 @@ def _one_visible_line(reason: str) -> str:
         raise ValueError(error.problem) from error
 
 
+def _key_text(value: str) -> str:
+    try:
+        key_bytes(value)
+    except VerificationError as error:
+        raise ValueError(error.problem) from error
+    return value
+
+
+def _party_name(value: str) -> str:
+    if problem := name_problem(value, "name"):
+        raise ValueError(problem)
+    return value
+
+
+def _ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
+    if list(ids) != sorted(set(ids)):
+        raise ValueError("ids must ascend")
+    return ids
+
+
 Words = Annotated[str, AfterValidator(_one_visible_line)]
+KeyText = Annotated[str, AfterValidator(_key_text)]
+PartyName = Annotated[str, AfterValidator(_party_name)]
+SiteId = Annotated[int, Field(ge=1, le=MAX_ID)]
 
 
 class _Leaf(BaseModel):
@@ -115,7 +138,7 @@ class _Leaf(BaseModel):
     schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
     seq: Annotated[int, Field(ge=UNPLACED, le=_MAX_EXACT)] = UNPLACED
     time: Minute | Literal[""] = ""
-    actor: str
+    actor: KeyText
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+_-]{1,64}$")] = SOFTWARE_VERSION
 
     @field_validator("time")
@@ -123,15 +146,6 @@ class _Leaf(BaseModel):
     def _time_exists(cls, value: str) -> str:
         if value:
             datetime.strptime(value, "%Y-%m-%dT%H:%MZ").replace(tzinfo=UTC)
-        return value
-
-    @field_validator("actor")
-    @classmethod
-    def _actor_is_a_key(cls, value: str) -> str:
-        try:
-            key_bytes(value, "actor")
-        except VerificationError as error:
-            raise ValueError(error.problem) from error
         return value
 
 
@@ -216,7 +230,56 @@ class Outcome(_Leaf):
     reason: OutcomeReason
 
 
-Entry = Opened | Approval | Pause | Charge | Outcome
+class Restored(_Leaf):
+    """The site came back from a backup: what that lacks may have been spent, so nothing is charged now."""
+
+    type: Literal["restored"] = "restored"
+    reason: Words
+
+
+class Membership(_Leaf):
+    """Hub: a hospital was admitted or revoked; ``fingerprint`` is common.identity.party_fingerprint."""
+
+    type: Literal["membership"] = "membership"
+    id: SiteId
+    name: PartyName
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{4}(-[0-9a-f]{4}){7}$")]
+    decision: Literal["admitted", "revoked"]
+
+
+class Submission(_Leaf):
+    """Hub: a coordinator (``ed25519:`` key) submitted a manifest."""
+
+    type: Literal["submission"] = "submission"
+    manifest: Hex64
+    coordinator: KeyText
+
+
+class Completed(_Leaf):
+    """Hub: the ``step``-th completed round of a study, and over whom its one sum was opened."""
+
+    type: Literal["completed"] = "completed"
+    manifest: Hex64
+    round: Annotated[int, Field(ge=1, le=_MAX_EXACT)]
+    step: Annotated[int, Field(ge=1, le=_MAX_EXACT)]
+    attempt: Annotated[int, Field(ge=1, le=3)]
+    cohort: Annotated[tuple[SiteId, ...], Field(min_length=3, strict=False), AfterValidator(_ascending)]
+    ctx: Hex64
+    sum_digest: Hex64
+    model_digest: Hex64
+
+
+class Ended(_Leaf):
+    """Hub: a study is over."""
+
+    type: Literal["ended"] = "ended"
+    manifest: Hex64
+    status: Literal["done", "failed", "aborted", "denied"]
+
+
+SiteEntry = Opened | Approval | Pause | Charge | Outcome | Restored
+HubEntry = Membership | Submission | Completed | Ended
+Entry = SiteEntry | HubEntry
 
 _ENTRIES: Final[TypeAdapter[Entry]] = TypeAdapter(Annotated[Entry, Field(discriminator="type")])
 
@@ -281,65 +344,6 @@ def decode(leaf: bytes) -> Entry:
     if not same:
         raise VerificationError("ledger.entry", "a field of the ledger entry is missing or has another type")
     return entry
-
-
-class History:
-    """What the entries so far allow to come next. One instance follows one ledger from its beginning."""
-
-    __slots__ = ("_events", "_paused", "_registers", "last")
-
-    def __init__(self) -> None:
-        self.last: Entry | None = None
-        self._paused = False
-        self._registers: set[str] = set()
-        self._events: set[str] = set()
-
-    def check(self, entry: Entry) -> None:
-        """Check that ``entry`` may come next; nothing is remembered.
-
-        Guarantee: time_never_goes_backwards - an entry older than the one before it is refused.
-        Guarantee: nothing_is_charged_while_paused - by whomever, for whatever study.
-        Guarantee: history_is_checked - numbers follow each other; a register is opened once; an event is
-        charged once, to an opened register; an outcome names a charged event; a pause ends before another.
-
-        Raises: RefusedError naming the rule.
-        """
-        expected = 0 if self.last is None else self.last.seq + 1
-        if entry.seq != expected:
-            raise RefusedError("ledger.sequence", f"entry {entry.seq} stands where entry {expected} belongs")
-        if self.last is not None and entry.time < self.last.time:
-            raise RefusedError(
-                "ledger.clock",
-                f"the clock says {entry.time}, but entry {expected - 1} was written at {self.last.time}",
-                remedy="Synchronise this machine's clock, then try again; nothing was written.",
-            )
-        if isinstance(entry, Opened):
-            if entry.register_id in self._registers:
-                raise RefusedError("ledger.opened-twice", "this register is open already in this ledger")
-        elif isinstance(entry, Charge):
-            if self._paused:
-                raise RefusedError("ledger.paused", "this site is paused: nothing is charged")
-            if entry.register_id not in self._registers:
-                raise RefusedError(
-                    "ledger.register", "the event charges a register that was never opened here"
-                )
-            if entry.event_id in self._events:
-                raise RefusedError("ledger.charged-twice", "an event with this id is charged already")
-        elif isinstance(entry, Outcome) and entry.event_id not in self._events:
-            raise RefusedError("ledger.outcome", "the outcome names an event that was never charged")
-        elif isinstance(entry, Pause) and (entry.decision == "paused") == self._paused:
-            problem = "this site is paused already" if self._paused else "this site is not paused"
-            raise RefusedError("ledger.pause", problem)
-
-    def add(self, entry: Entry) -> None:
-        """Take a checked entry as the newest."""
-        self.last = entry
-        if isinstance(entry, Opened):
-            self._registers.add(entry.register_id)
-        elif isinstance(entry, Charge):
-            self._events.add(entry.event_id)
-        elif isinstance(entry, Pause):
-            self._paused = entry.decision == "paused"
 
 
 def events(entries: Sequence[Entry], register_id: str) -> list[Mapping[str, str | int]]:

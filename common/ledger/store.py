@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from common.errors import FailureError, RefusedError, VerificationError
 from common.identity import public_key, sign, sync_folder, verify
 from common.ledger import entries as leaves
-from common.ledger.entries import Entry, History
+from common.ledger.entries import Entry
+from common.ledger.history import History
 from common.ledger.notes import Checkpoint, note_of, origin_of
 from common.ledger.tree import Frontier, leaf_hash
 
@@ -75,6 +76,7 @@ class _Chain:
         self.frontier = Frontier()
         self.history = History()
         self.entries: list[Entry] = []
+        self.leaf_hashes: list[bytes] = []
         self.last: _Row | None = None
 
     def take(self, row: _Row) -> None:
@@ -98,6 +100,7 @@ class _Chain:
         self.frontier = frontier
         self.history.add(entry)
         self.entries.append(entry)
+        self.leaf_hashes.append(row.leaf_hash)
         self.last = row
 
     def head(self) -> Head:
@@ -222,6 +225,16 @@ class Ledger:
         """Size and root now. Raises VerificationError when the file was changed."""
         with self._current() as chain:
             return chain.head()
+
+    def leaf_hashes(self) -> tuple[bytes, ...]:
+        """The hash of every leaf, in order. Raises VerificationError when the file was changed."""
+        with self._current() as chain:
+            return tuple(chain.leaf_hashes)
+
+    def leaves(self) -> tuple[bytes, ...]:
+        """The bytes of every leaf, in order. Raises VerificationError when the file was changed."""
+        with self._current() as chain:
+            return tuple(row.leaf for row in self._rows(0) if row.seq < chain.frontier.size)
 
     def checkpoint(self, public: bytes) -> str:
         """The newest head as the ledger key signed it: a C2SP checkpoint in a signed note.

@@ -1,9 +1,9 @@
 """The messages of the secure sum as frozen records, with one strict byte form each.
 
-Source: PROTOCOL.md, tables S1-S4 and R0-R6. Rules: a record declares its columns in table order, each as the
-annotation of its field; a list is a u16 count followed by the columns of every entry; decode accepts exactly
-the bytes that encode makes; a signature covers ``sig/<name>``, the manifest digest and every column but
-``sig``. The state of a round travels beside RoundStart, which carries its digest.
+Source: PROTOCOL.md, tables S1-S4, L1-L2, R0-R6. Rules: a record declares its columns in table order, each as
+the annotation of its field; a list is a u16 count followed by the columns of every entry; decode accepts
+exactly the bytes that encode makes; a signature covers ``sig/<name>``, the manifest digest and every column
+but ``sig``. The state of a round travels beside RoundStart, which carries its digest.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -95,10 +95,12 @@ class ListOf:
 
 
 U16: Final = Integer(2)
+U64: Final = Integer(8)
 DIGEST: Final = Fixed(DIGEST_BYTES)
 
 Id: TypeAlias = Annotated[int, U16]
 Round: TypeAlias = Annotated[int, Integer(4)]
+Size: TypeAlias = Annotated[int, U64]
 Digest: TypeAlias = Annotated[bytes, DIGEST]
 Key: TypeAlias = Annotated[bytes, Fixed(KEY_BYTES)]
 Sealed: TypeAlias = Annotated[bytes, Fixed(SEALED_SEED_BYTES)]
@@ -165,6 +167,53 @@ class Confirm(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class HeadPlease(Record):
+    """L0: asks for L1 of a round; ``since`` are the sizes at which others saw this ledger."""
+
+    round: Round
+    since: Annotated[tuple[int, ...], ListOf((U64,))]
+
+
+@dataclass(frozen=True, slots=True)
+class Extension(Record):
+    """Inside L1: the RFC 6962 consistency proof from the tree of ``since`` leaves."""
+
+    since: Size
+    path: Annotated[tuple[bytes, ...], ListOf((DIGEST,))]
+
+
+@dataclass(frozen=True, slots=True)
+class Head(Record):
+    """L1: size and root of the ledger of ``id`` (0: the hub), signed by its ledger key."""
+
+    id: Id
+    man: Digest
+    round: Round
+    nonce: Digest
+    size: Size
+    root: Digest
+    extensions: Annotated[tuple[Extension, ...], ListOf(Extension)] = field(repr=False)
+    sig: Signature = field(default=UNSIGNED, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cosign(Record):
+    """L2: ``id`` has seen this head (head_digest), and that it only adds to those it saw before."""
+
+    id: Id
+    head: Digest
+    sig: Signature = field(default=UNSIGNED, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cosigned(Record):
+    """The cosignatures of one hospital, and (id, size) of heads it refused, as it remembers them."""
+
+    cosigns: Annotated[tuple[Cosign, ...], ListOf(Cosign)] = field(repr=False)
+    remembered: Annotated[tuple[tuple[int, int], ...], ListOf((U16, U64))]
+
+
+@dataclass(frozen=True, slots=True)
 class RoundStart(Record):
     """R0: a round begins. ``deadline`` in seconds since 1970 UTC; ``state`` is state_digest(bytes)."""
 
@@ -173,7 +222,7 @@ class RoundStart(Record):
     round: Round
     state: Digest
     model_digest: Digest
-    deadline: Annotated[int, Integer(8)]
+    deadline: Size
     sig: Signature = field(default=UNSIGNED, repr=False)
 
 
@@ -313,6 +362,11 @@ def context(man: bytes, dirh: bytes, model_digest: bytes, cohort: Cohort) -> byt
     attempt = (u32(cohort.round), u8(cohort.attempt))
     members = (part for member, nu in cohort.members for part in (u16(member), nu))
     return digest("ctx", man, dirh, *attempt, model_digest, u16(len(cohort.members)), *members)
+
+
+def head_digest(head: Head) -> bytes:
+    """H(L1): what a cosignature is about, 32 bytes."""
+    return digest("head", encode(head))
 
 
 def payload_digest(chunk_digests: Sequence[bytes]) -> bytes:

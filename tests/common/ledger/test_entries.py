@@ -13,7 +13,8 @@ from common.encoding import canonical_json
 from common.errors import RefusedError, UsageError, VerificationError
 from common.identity import key_text, new_signing_key, public_key
 from common.ledger import entries
-from common.ledger.entries import Approval, Charge, Entry, History, Opened, Outcome, Pause, placed
+from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, Pause, placed
+from common.ledger.history import History
 from common.privacy.events import Event
 
 ACTOR = key_text(public_key(new_signing_key()))

@@ -1,0 +1,165 @@
+"""Evidence: everything that a hospital or the hub can show of itself, in one zip file.
+
+Source: DESIGN "Ledger"; c2sp.org/tlog-checkpoint; RFC 8785. Rules: the file holds no key, no row and no
+model; its names are a closed list and its sizes are bounded before anything is read; nothing in it is
+believed here: common.audit.verify does that, against keys from elsewhere.
+"""
+
+import base64
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from common import identity
+from common.encoding import canonical_json, parse_canonical_json
+from common.errors import UsageError, VerificationError
+from common.roster import SignedRoster
+
+SCHEMA: Final = 1
+FACTS: Final = "evidence.json"
+LEAVES: Final = "ledger.jsonl"
+HEAD: Final = "ledger.head"
+HEADS: Final = "heads.json"
+MAX_FILES: Final = 10_000
+MAX_TOTAL_BYTES: Final = 1 << 30
+
+_STUDY: Final = re.compile(r"studies/([0-9a-f]{64})\.study")
+_TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
+_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one party shows. Nothing of it is verified yet.
+
+    ``party`` is the roster id, 0 for the hub, whose ``name`` is "hub"; ``time`` when it was written (UTC, to
+    the minute); ``roster`` the newest that the party holds; ``hub_key`` raw, 32 bytes; ``leaves`` the
+    ledger's leaves in order; ``head`` its checkpoint as a signed note; ``heads`` what
+    common.witness.read_state reads, empty when nothing was cosigned yet; ``studies`` the study documents
+    (common.run) by manifest digest in hex.
+    """
+
+    party: int
+    name: str
+    time: str
+    version: str
+    roster: SignedRoster
+    hub_key: bytes
+    leaves: tuple[bytes, ...]
+    head: str
+    heads: bytes
+    studies: Mapping[str, bytes]
+
+    def to_bytes(self) -> bytes:
+        """The zip file; the same evidence gives the same bytes.
+
+        Guarantee: evidence_is_read_as_written - from_bytes gives the same evidence back.
+        """
+        facts = {
+            "schema": SCHEMA,
+            "party": self.party,
+            "name": self.name,
+            "time": self.time,
+            "version": self.version,
+            "hub_key": identity.key_text(self.hub_key),
+            "roster": _text(self.roster.data),
+            "roster_signature": _text(self.roster.signature),
+        }
+        files = {
+            FACTS: canonical_json(facts),
+            LEAVES: b"".join(leaf + b"\n" for leaf in self.leaves),
+            HEAD: self.head.encode("utf-8"),
+            HEADS: self.heads,
+            **{f"studies/{digest}.study": data for digest, data in sorted(self.studies.items())},
+        }
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in files.items():
+                archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str) -> "Evidence":
+        """Read to_bytes strictly; ``what`` names the file.
+
+        Guarantee: hostile_evidence_is_refused - unknown, missing and repeated names, and sizes past the
+        bounds, before anything is unpacked.
+        Raises: VerificationError.
+        """
+        files = _unpacked(data, what)
+        facts: Any = parse_canonical_json(files.pop(FACTS), f"{FACTS} of {what}")
+        leaves, head, heads = (files.pop(name) for name in (LEAVES, HEAD, HEADS))
+        if leaves and not leaves.endswith(b"\n"):
+            raise _refused(what, f"{LEAVES} ends in the middle of a line")
+        try:
+            schema, party, name, time, version, hub_key, roster, signature = (
+                facts.pop(key)
+                for key in (
+                    "schema", "party", "name", "time", "version", "hub_key", "roster", "roster_signature",
+                )
+            )  # fmt: skip
+            sound = (type(schema), schema) == (int, SCHEMA) and not facts
+            sound = sound and type(party) is int and 0 <= party <= identity.MAX_ID
+            sound = sound and not identity.name_problem(name, "name") and bool(_TIME.fullmatch(time))
+            if not sound or not isinstance(version, str):
+                raise ValueError("fields")
+            return cls(
+                party, name, time, version,
+                SignedRoster(_bytes(roster), _bytes(signature)),
+                identity.key_bytes(hub_key, "hub key"),
+                tuple(leaves.split(b"\n")[:-1]),
+                head.decode("utf-8"),
+                heads,
+                {_STUDY.fullmatch(name)[1]: data for name, data in files.items()},  # type: ignore[index]
+            )  # fmt: skip
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise _refused(what, f"{FACTS} does not have exactly its fields") from error
+
+
+def read_evidence(path: Path) -> Evidence:
+    """Read an evidence file. Raises UsageError when it cannot be read, VerificationError when it is none."""
+    try:
+        if path.stat().st_size > MAX_TOTAL_BYTES:
+            raise _refused(str(path), "it is larger than any evidence")
+        data = path.read_bytes()
+    except OSError as error:
+        remedy = "Give the path of a file that 'wardround site evidence' or 'hub evidence' wrote."
+        raise UsageError("audit.file", f"{path} cannot be read: {error.strerror}", remedy=remedy) from error
+    return Evidence.from_bytes(data, str(path))
+
+
+def _unpacked(data: bytes, what: str) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            infos = archive.infolist()
+            names = [info.filename for info in infos]
+            fixed = {FACTS, LEAVES, HEAD, HEADS}
+            if len(names) > MAX_FILES or len(set(names)) != len(names):
+                raise _refused(what, "a file in it is there twice, or there are too many")
+            if not fixed <= set(names) or not all(_STUDY.fullmatch(name) for name in set(names) - fixed):
+                raise _refused(what, "it does not hold exactly the files of evidence")
+            if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES:
+                raise _refused(what, "it would unpack to more than any evidence")
+            # zipfile reads no more than the stated size of a member, and checks its CRC.
+            return {info.filename: archive.read(info) for info in infos}
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise _refused(what, "it is not a sound zip file") from error
+
+
+def _refused(what: str, problem: str) -> VerificationError:
+    return VerificationError(
+        "audit.evidence", f"{what} is no evidence: {problem}", remedy="Ask for it again."
+    )
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
