@@ -298,6 +298,10 @@ class Guard:
         self._append_outcome(event, reason, attempt, left)
         return event.round
 
+    def leaf_hashes(self) -> Sequence[bytes]:
+        """The hash of every leaf of the ledger, in order."""
+        return self._ledger.leaf_hashes()
+
     def _last_charge(self, man: bytes) -> tuple[Event, list[Outcome]] | None:
         """The newest charge of a study and what the ledger says of it, in order."""
         entries = self._ledger.entries()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from client import heads
 from client.computation import Computation
 from client.guard import Guard
 from client.identity import SiteIdentity
@@ -30,6 +31,7 @@ from common.run import read_study_document, run_params
 from common.secagg import records
 from common.secagg.site import Site
 from common.secagg.state import RunState
+from common.witness import HUB
 
 log = logging.getLogger("wardround.site")
 
@@ -58,6 +60,7 @@ class Participation:
         self._clock = clock
         self._computation = computation
         self._guard = Guard(home, self.identity, self._now)
+        self._heads = heads.Heads(home, self.identity, self._guard, entropy)
         self._studies = StudyFolder(home)
         self._run_file = RunFile(home.runs)
         self._runs: dict[bytes, Running] = {}
@@ -168,7 +171,8 @@ class Participation:
             run = self._run(man)
             if kind is messages.UPLOAD:
                 return self._upload(run, only(found, records.Cohort))
-            return Reply(kind, True, run.answer(kind, found)), ()
+            answer = self._heads.answer if kind in heads.KINDS else Running.answer
+            return Reply(kind, True, answer(run, kind, found)), ()
 
     # -- studies -------------------------------------------------------------------------------------------
 
@@ -256,7 +260,10 @@ class Participation:
             site = Site(params, **arguments)
         split_key = self._guard.split_key(self.identity.split_secret, man)
         computation = self._computation(manifest.to_bytes(), self._guard.source(manifest), split_key)
-        return Running(manifest, params, site, computation, state.model_digest if state else b"")
+        ledger_keys = {party.id: roster.member(party.id).ledger_key for party in manifest.members}
+        ledger_keys[HUB] = self.identity.hub_key
+        digest = state.model_digest if state else b""
+        return Running(manifest, params, site, computation, digest, ledger_keys)
 
     # -- rounds --------------------------------------------------------------------------------------------
 
@@ -308,6 +315,7 @@ class Participation:
             raise RefusedError("participation.deadline", "the round's deadline has passed")
         self._guard.check_budget(manifest, admitted, start.round)
         became = run.became(start.model_digest)
+        self._heads.spend(run, start.round)
         # Accepted before charged, so that a run file behind the ledger is known to be rolled back.
         run.site.on_round_start(start)
         cut = run.accepted(start.model_digest)

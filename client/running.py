@@ -7,6 +7,7 @@ it was doing when it was cut.
 
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -50,13 +51,17 @@ def only(found: tuple[Record, ...], kind: type[R]) -> R:
 
 @dataclass(eq=False)
 class Running:
-    """``model_digest`` is that of the last accepted round, empty before the first."""
+    """``model_digest`` is that of the last accepted round, empty before the first.
+
+    ``ledger_keys`` are those of the members, raw, by id; the hub's is under 0.
+    """
 
     manifest: Manifest
     params: RunParams
     site: Site
     computation: Computation
     model_digest: bytes
+    ledger_keys: Mapping[int, bytes]
     _cut: threading.Event = field(default_factory=threading.Event)
     _waiting: bool = False
     _newest: int = 0

@@ -1,7 +1,7 @@
 """Requests and replies between hub and site: a closed table of kinds, each with its record types.
 
-Source: PROTOCOL S1-S4, R0-R6; DESIGN "One idea". Rules: everything that leaves a hospital on its own is
-one of the replies below; a site that cannot or will not answer says ``unavailable`` and nothing else,
+Source: PROTOCOL S1-S4, L1-L2, R0-R6; DESIGN "One idea". Rules: everything that leaves a hospital on its own
+is one of the replies below; a site that cannot or will not answer says ``unavailable`` and nothing else,
 whatever the cause; an unknown kind, outcome or record is refused.
 """
 
@@ -37,6 +37,9 @@ KEYS: Final = Kind("query.keys", None, False, records.KeyAnnounce)
 DIRECTORY: Final = Kind("query.directory", records.Directory, False, records.PairSeed, many_replies=True)
 SEEDS: Final = Kind("query.seeds", records.PairSeed, True, records.Confirm)
 CONFIRMS: Final = Kind("query.confirms", records.Confirm, True, None)
+HEAD: Final = Kind("query.head", records.HeadPlease, False, records.Head)
+COSIGN: Final = Kind("query.cosign", records.Head, True, records.Cosigned)
+COSIGNED: Final = Kind("query.cosigned", records.Cosign, True, None)
 READY: Final = Kind("train.ready", records.RoundStart, False, records.Ready)
 UPLOAD: Final = Kind("train.upload", records.Cohort, False, records.Upload)
 OPEN: Final = Kind("train.open", records.OpenPlease, False, records.Open)
@@ -45,7 +48,10 @@ CLOSE: Final = Kind("query.close", None, False, None)
 
 KINDS: Final = {
     kind.message_type: kind
-    for kind in (STUDY, KEYS, DIRECTORY, SEEDS, CONFIRMS, READY, UPLOAD, OPEN, RESULT, CLOSE)
+    for kind in (
+        *(STUDY, KEYS, DIRECTORY, SEEDS, CONFIRMS, HEAD, COSIGN, COSIGNED),
+        *(READY, UPLOAD, OPEN, RESULT, CLOSE),
+    )
 }
 
 

@@ -22,6 +22,7 @@ HUB: Final = 0
 MAX_SINCE: Final = 64
 
 Sign = Callable[[bytes], bytes]
+Sizes = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +72,15 @@ class Witness:
         self._offers[man] = Offer(head, {})
         return head
 
-    def cosign(self, man: bytes, heads: Iterable[Head], keys: Mapping[int, bytes], sign: Sign) -> Cosigned:
-        """L2 for each head that extends what was seen; what is remembered of those that do not.
+    def see(
+        self, man: bytes, heads: Iterable[Head], keys: Mapping[int, bytes]
+    ) -> tuple[dict[int, Head], Sizes]:
+        """Check heads and remember those that extend what was seen; the size remembered of the others.
 
         ``keys`` are the ledger keys of the study's parties by id, the hub's under 0.
 
-        Guarantee: cosigned_heads_are_remembered - durably, before any cosignature is returned.
         Raises: VerificationError for a head of another study, a stranger's, or one not signed by its owner;
-        RefusedError when the hub's own ledger was rolled back. Nothing is cosigned then.
+        RefusedError when the hub's own ledger was rolled back. Nothing is remembered then.
         """
         given = list(heads)
         for head in given:
@@ -94,11 +96,17 @@ class Witness:
         if good:
             self.seen |= good
             self._persist(self.to_bytes())
+        return good, tuple((party, self.seen[party].size) for party in sorted(found.keys() - good.keys()))
+
+    def cosign(self, man: bytes, heads: Iterable[Head], keys: Mapping[int, bytes], sign: Sign) -> Cosigned:
+        """L2 for each head that extends what was seen, and what is remembered of those that do not.
+
+        Guarantee: cosigned_heads_are_remembered - durably, before any cosignature is returned.
+        Raises: as ``see``; nothing is cosigned then.
+        """
+        good, remembered = self.see(man, heads, keys)
         cosigns = (Cosign(self._me, records.head_digest(head)) for head in good.values())
-        return Cosigned(
-            tuple(records.signed(cosign, man, sign) for cosign in cosigns),
-            tuple((party, self.seen[party].size) for party in sorted(found.keys() - good.keys())),
-        )
+        return Cosigned(tuple(records.signed(cosign, man, sign) for cosign in cosigns), remembered)
 
     def take(self, man: bytes, cosigns: Iterable[Cosign], keys: Mapping[int, bytes]) -> int:
         """Keep the valid cosignatures of the head offered last for a study; how many there are now.

@@ -18,6 +18,7 @@ from rich.live import Live
 from common import link_pb2
 from common.console import JsonFlag, Outcome, command, log_to_stderr
 from common.errors import UsageError
+from common.identity import fingerprint
 from server.display import event_table, study_text
 from server.home import CoordinatorHome, HubHome
 
@@ -115,6 +116,42 @@ def revoke(
     finally:
         store.close()
     return Outcome(f"{row.name}: admission revoked", {"id": row.id, "name": row.name, "revoked": row.revoked})
+
+
+@hub.command()
+@command
+def roster(
+    home: HubFolder,
+    out: Annotated[Path, typer.Option(help="Where to write it.", dir_okay=False)],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Write the roster that an auditor verifies evidence against; compare its fingerprints out of band."""
+    from server.evidence import trust
+
+    HubHome(home).load_settings()
+    trusted = trust(HubHome(home))
+    _write(out, trusted.to_bytes())
+    prints = {member.name: member.fingerprint for member in trusted.roster.members}
+    data = {"roster": str(out), "hub_fingerprint": fingerprint(trusted.hub_key), "fingerprints": prints}
+    lines = [f"roster written to {out}", f"  {data['hub_fingerprint']}  the hub"]
+    return Outcome("\n".join([*lines, *(f"  {text}  {name}" for name, text in prints.items())]), data)
+
+
+@hub.command()
+@command
+def evidence(
+    home: HubFolder,
+    out: Annotated[Path, typer.Option(help="Where to write it.", dir_okay=False)],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Write the hub's evidence for an auditor: its ledger, its studies, the heads it has seen."""
+    from server.evidence import collect
+
+    HubHome(home).load_settings()
+    found = collect(HubHome(home), datetime.now(UTC))
+    _write(out, found.to_bytes())
+    data = {"evidence": str(out), "entries": len(found.leaves), "studies": len(found.studies)}
+    return Outcome(f"evidence written to {out}: {len(found.leaves)} ledger entries", data)
 
 
 @hub.command()

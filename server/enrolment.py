@@ -15,6 +15,7 @@ from common import identity
 from common.certificates import Authority, Peer, new_tls_key_and_csr
 from common.enrolment import Admission, AdmissionRequest
 from common.errors import RefusedError, UsageError, VerificationError
+from common.ledger.store import Ledger
 from common.roster import Member, Roster, SignedRoster
 from server.home import CoordinatorHome, HubHome, HubSettings
 from server.store import SiteRow, Store, duplicate
@@ -53,6 +54,7 @@ def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> Ne
     hub_public = _new_key(home.hub_key)
     coordinator_key = _create_coordinator(home, authority, address, hub_public, now)
     Store.open(home.database).close()
+    Ledger.open(home.ledger, identity.load_signing_key(home.hub_key), create=True).close()
     # The settings come last: a folder without them is not a hub, so a crash before this line loses nothing.
     text = f'listen = "{settings.listen}"\naddress = "{settings.address}"\n'
     home.settings.write_text(text, encoding="utf-8")

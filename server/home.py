@@ -60,6 +60,7 @@ class HubHome:
         self.server_certificate = folder / "server-certificate.pem"
         self.hub_key = folder / "keys" / "hub.pem"  # signs rosters, round starts and results
         self.database = folder / "hub.db"
+        self.ledger = folder / "ledger.db"
         self.coordinator = folder / "coordinator"
 
     def load_settings(self) -> HubSettings:

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
@@ -29,7 +30,9 @@ from common.study import SignedManifest
 from common.tasks.models import initial_state
 from common.tasks.state import check_state, load_state, model_digest, state_bytes
 from server.exchange import Exchange, every, only
+from server.heads import Heads
 from server.home import HubHome
+from server.ledger import HubLedger
 from server.round import Round, RoundLost, give_back
 from server.store import ENDED, Checkpoint, Store, StudyRow
 from server.strategy import ServerStep
@@ -68,6 +71,7 @@ class StudyRun:
         roster = self._roster.verify(identity.public_key(hub_key))
         self._admitted = check(self._manifest, None if row.status in ENDED else self._minute())
         self._params = run_params(self._manifest, self._admitted, roster, 0)
+        self._home, self._verified_roster = home, roster
         self._names = {party.id: party.name for party in self._manifest.members}
         self._model = self._model_digest = b""
         self._exchange = Exchange(grid, self._params.man, self._names, self._continue)
@@ -84,7 +88,9 @@ class StudyRun:
         try:
             if not self._continue().directory:
                 self._consent()
-            self._rounds(self._setup())
+            setup = self._setup()
+            with closing(HubLedger(self._home, self._store)) as ledger:
+                self._rounds(setup, ledger)
             self._status("done")
         except Ended as ended:
             log.info("%s: %s", self._label, ended.problem)
@@ -104,6 +110,8 @@ class StudyRun:
         for site, reply, _ in exchange.ask(messages.CLOSE, requests, CLOSE_TIMEOUT_S):
             if reply.available:
                 self._store.closed_at(self._digest, site)
+        with closing(HubLedger(self._home, self._store)) as ledger:
+            ledger.catch_up()
 
     def _minute(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%MZ")
@@ -262,9 +270,10 @@ class StudyRun:
                 exchange.pause(CONSENT_PERIOD_S)
 
     def _waits_for(self, missing: Collection[int]) -> str:
-        return f"{self._params.m} hospitals are needed; waiting for " + ", ".join(
-            self._names[i] for i in sorted(missing)
-        )
+        return f"{self._params.m} hospitals are needed; waiting for {self._named(missing)}"
+
+    def _named(self, sites: Collection[int]) -> str:
+        return ", ".join(self._names[site] for site in sorted(sites))
 
     # -- rounds --------------------------------------------------------------------------------------------
 
@@ -296,8 +305,18 @@ class StudyRun:
                 )  # fmt: skip
             self._exchange.pause(CONSENT_PERIOD_S)
 
-    def _rounds(self, setup: Setup) -> None:
+    def _rounds(self, setup: Setup, ledger: HubLedger) -> None:
         study, row = self._manifest.study, self._store.study(self._digest)
+        ledger.catch_up()
+        heads = Heads(
+            self._exchange,
+            self._params,
+            study.aggregation,
+            self._verified_roster,
+            ledger,
+            self._store,
+            self._sign,
+        )
         step = ServerStep(self._manifest)
         if row.round:
             step.restore(self._store.strategy(self._digest))
@@ -319,7 +338,12 @@ class StudyRun:
             sites = self._gather(setup, consult)
             number = self._store.start_round(self._digest)
             try:
-                everyone = self._round(setup, number, sites, step)
+                cosigned = heads.cosigned(number, sites)
+                missing = set(sites) - cosigned
+                if len(cosigned) < self._params.m:
+                    raise RoundLost("rounds.heads", "the ledger was not cosigned of " + self._named(missing))
+                everyone = self._round(setup, number, sorted(cosigned), step) and not missing
+                ledger.catch_up()
                 # A hospital that is paused, or has withdrawn, says so when it is asked for its decision.
                 lost, consult = 0, not everyone or (consult and len(sites) < len(self._exchange.online()))
             except RoundLost as error:

@@ -21,6 +21,7 @@ from server.app import app
 from server.enrolment import admitted, sign_roster
 from server.grid import GrpcGrid
 from server.home import HubHome
+from server.ledger import HubLedger
 from server.link import Link
 from server.store import ENDED, Store, StudyRow
 from server.studies import Studies
@@ -38,6 +39,7 @@ class Hub:
         settings = home.load_settings()
         self.listen = settings.listen
         self.store = Store.open(home.database)
+        self._ledger = HubLedger(home, self.store)
         self.hub_public_key = identity.public_key(identity.load_signing_key(home.hub_key))
         self._home = home
         self._wake = threading.Event()
@@ -77,6 +79,7 @@ class Hub:
         self._thread.join(timeout=STOP_TIMEOUT_S)
         for _, thread in self._running.values():
             thread.join(timeout=STOP_TIMEOUT_S)
+        self._ledger.close()
         self.store.close()
         log.info("hub stopped")
 
@@ -127,6 +130,7 @@ class Hub:
                 log.exception("the hub could not look after its studies")
 
     def _look_once(self) -> None:
+        self._ledger.catch_up()
         online = self.link.online()
         for site in self.store.sites(revoked=True):
             if site.id in online:

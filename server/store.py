@@ -7,7 +7,7 @@ is secret and nothing here depends on a single hospital's update.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,16 @@ class StrategyRow(Base):
     __tablename__ = "strategies"
     study: Mapped[str] = mapped_column(primary_key=True)
     state: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class HeadRow(Base):
+    """The last head of a party's ledger, 0 is the hub's own with its cosignatures (common.secagg.records)."""
+
+    __tablename__ = "heads"
+    party: Mapped[int] = mapped_column(primary_key=True)
+    size: Mapped[int]
+    head: Mapped[bytes] = mapped_column(LargeBinary)
+    cosigns: Mapped[str] = mapped_column(default="[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +346,19 @@ class Store:
         with self._reading() as session:
             row = session.get(StrategyRow, digest)
         return b"" if row is None else row.state
+
+    def keep_heads(self, rows: Iterable[HeadRow]) -> None:
+        """Remember heads of ledgers; a longer one stays, for studies run side by side."""
+        with self._writing() as session:
+            for row in rows:
+                known = session.get(HeadRow, row.party)
+                if known is None or known.size <= row.size:
+                    session.merge(row)
+
+    def heads(self) -> Sequence[HeadRow]:
+        """The last head of every ledger that was seen, by party."""
+        with self._reading() as session:
+            return session.scalars(select(HeadRow).order_by(HeadRow.party)).all()
 
     def closed_at(self, digest: str, site_id: int) -> None:
         """Remember that a site has erased its secrets of an ended study."""

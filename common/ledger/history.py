@@ -15,6 +15,7 @@ from common.ledger.entries import (
     Ended,
     Entry,
     HubEntry,
+    Membership,
     Opened,
     Outcome,
     Pause,
@@ -31,7 +32,7 @@ Rule = tuple[bool, str, str]
 class History:
     """What the entries so far allow to come next. One instance follows one ledger from its beginning."""
 
-    __slots__ = ("_ended", "_events", "_paused", "_registers", "_restored", "_steps", "last")
+    __slots__ = ("_ended", "_events", "_members", "_paused", "_registers", "_restored", "_steps", "last")
 
     def __init__(self) -> None:
         self.last: Entry | None = None
@@ -40,6 +41,7 @@ class History:
         self._events: set[str] = set()
         self._steps: dict[str, int] = {}
         self._ended: set[str] = set()
+        self._members: dict[int, str] = {}
 
     def check(self, entry: Entry) -> None:
         """Check that ``entry`` may come next; nothing is remembered.
@@ -49,7 +51,8 @@ class History:
         Guarantee: nothing_is_charged_after_a_restore - what a backup lacks may have been spent.
         Guarantee: history_is_checked - numbers follow each other; a register is opened once; an event is
         charged once, to an opened register; an outcome names a charged event; a pause ends before another;
-        at a hub, a study is submitted once, its rounds are counted without a gap, nothing follows its end.
+        at a hub, a hospital is admitted once and revoked once, a study is submitted once, its rounds are
+        counted without a gap, and nothing follows its end.
 
         Raises: RefusedError naming the rule.
         """
@@ -85,6 +88,10 @@ class History:
         elif isinstance(entry, Pause):
             changes = (entry.decision == "paused") != self._paused
             yield changes, "pause", f"this site is {'paused already' if self._paused else 'not paused'}"
+        elif isinstance(entry, Membership):
+            before = None if entry.decision == "admitted" else "admitted"
+            right = self._members.get(entry.id) == before
+            yield right, "membership", f"this hospital cannot be {entry.decision} now"
         elif isinstance(entry, Submission):
             yield entry.manifest not in self._steps, "submitted-twice", "this study was submitted already"
         elif isinstance(entry, Completed | Ended):
@@ -105,6 +112,8 @@ class History:
             self._paused = entry.decision == "paused"
         elif isinstance(entry, Restored):
             self._restored = True
+        elif isinstance(entry, Membership):
+            self._members[entry.id] = entry.decision
         elif isinstance(entry, Submission):
             self._steps[entry.manifest] = 0
         elif isinstance(entry, Completed):

@@ -10,7 +10,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,7 @@ class Hub:
     sites: dict[int, Participation]
     round_number: int = 0
     frames: list[tuple[int, str, bytes, tuple[bytes, ...]]] = field(default_factory=list)
+    sizes: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.admitted: Admitted = check(self.manifest, None)
@@ -276,8 +277,34 @@ class Hub:
         }
         return HubRound(self.params, self.setup, **{**arguments, **changes})
 
+    def cosign(self, *numbers: int) -> None:
+        """L1 and L2 of these hospitals for the round; the hub's own head stays away."""
+        please = records.HeadPlease(self.round_number, tuple(sorted(self.sizes)))
+        asked = {n: self.ask(n, messages.HEAD, please) for n in numbers}
+        if not all(reply.available for reply in asked.values()):
+            # Somebody's ledger is shorter than the longest head seen: each is asked for what it has had.
+            asked = {n: self.ask(n, messages.HEAD, replace(please, since=self.since(n))) for n in numbers}
+        heads: dict[int, Any] = {n: reply.records[0] for n, reply in asked.items() if reply.available}
+        self.sizes |= {head.size for head in heads.values()}
+        cosigns: dict[int, list[Record]] = {n: [] for n in heads}
+        for number in heads:
+            others = [head for other, head in heads.items() if other != number]
+            reply = self.ask(number, messages.COSIGN, *others)
+            for cosign in reply.records[0].cosigns if reply.available else ():  # type: ignore[attr-defined]
+                for other, head in heads.items():
+                    if records.head_digest(head) == cosign.head:
+                        cosigns[other].append(cosign)
+        for number, found in cosigns.items():
+            self.ask(number, messages.COSIGNED, *found)
+
+    def since(self, number: int) -> tuple[int, ...]:
+        """The sizes of heads seen so far that this hospital's ledger has reached."""
+        reached = len(self.federation.entries(number))
+        return tuple(sorted(size for size in self.sizes if size <= reached))
+
     def ready(self, round_: HubRound, *numbers: int) -> dict[int, bool]:
-        """R1 from each hospital; whether it was available."""
+        """R1 from each hospital, once all that are here have cosigned; whether it was available."""
+        self.cosign(*self.sites)
         answers = {}
         for number in numbers or tuple(self.sites):
             reply = self.ask(number, messages.READY, round_.start, attachment=self.state)

@@ -12,44 +12,15 @@ from common.errors import VerificationError
 from common.messages import KINDS, Kind, Reply, Request
 from common.secagg import records
 from common.secagg.records import Record
+from tests.common.secagg.strategies import a_record
 
 digests = st.binary(min_size=32, max_size=32)
-u16s = st.integers(0, 65535)
-sigs = st.binary(min_size=64, max_size=64)
-
-
-def fixed(size: int) -> st.SearchStrategy[bytes]:
-    return st.binary(min_size=size, max_size=size)
-
-
-announces = st.builds(records.KeyAnnounce, u16s, digests, fixed(1184), fixed(32), sigs)
-RECORDS: dict[type[Record], st.SearchStrategy[Any]] = {
-    records.KeyAnnounce: announces,
-    records.Directory: st.builds(records.Directory, st.lists(announces, max_size=2).map(tuple)),
-    records.PairSeed: st.builds(records.PairSeed, digests, digests, u16s, u16s, fixed(1168), sigs),
-    records.Confirm: st.builds(
-        records.Confirm, u16s, digests, st.lists(st.tuples(u16s, digests), max_size=3).map(tuple), sigs
-    ),
-    records.RoundStart: st.builds(
-        records.RoundStart, digests, digests, u16s, digests, digests, st.integers(0, 2**64 - 1), sigs
-    ),
-    records.Ready: st.builds(records.Ready, digests, u16s, u16s, digests, digests, sigs),
-    records.Cohort: st.builds(
-        records.Cohort, u16s, st.integers(0, 255), st.lists(st.tuples(u16s, digests), max_size=3).map(tuple)
-    ),
-    records.Upload: st.builds(
-        records.Upload, u16s, digests, digests, digests, st.lists(digests, max_size=3).map(tuple), sigs
-    ),
-    records.OpenPlease: st.builds(records.OpenPlease, digests),
-    records.Open: st.builds(records.Open, u16s, digests, digests, sigs),
-    records.Result: st.builds(records.Result, digests, digests, digests, sigs),
-}
 
 
 def some(record: type[Record] | None, many: bool) -> st.SearchStrategy[tuple[Record, ...]]:
     if record is None:
         return st.just(())
-    return st.lists(RECORDS[record], min_size=0 if many else 1, max_size=3 if many else 1).map(tuple)
+    return st.lists(a_record(record), min_size=0 if many else 1, max_size=3 if many else 1).map(tuple)
 
 
 @st.composite

@@ -24,6 +24,7 @@ from common.admissible import Admitted, check
 from common.certificates import new_tls_key_and_csr
 from common.enrolment import Admission, AdmissionRequest
 from common.errors import WardroundError
+from common.ledger.tree import leaf_hash
 from common.messages import Reply, Request
 from common.roster import SignedRoster
 from common.run import read_study_document, run_params
@@ -33,6 +34,7 @@ from common.secagg.params import RunParams
 from common.secagg.site import Site
 from common.study import Manifest, Party, SignedManifest, Study
 from common.tasks.state import load_state, model_digest
+from common.witness import HUB, Witness
 from server.enrolment import admit_site, create_hub, sign_roster
 from server.home import CoordinatorHome, HubHome
 from server.processes import free_port
@@ -175,6 +177,10 @@ class Hospital:
         self.results: list[records.Result] = []
         self.site: Site | None = None
         self._sign = founded.keys[site_id].protocol.sign
+        self._ledger_sign = founded.keys[site_id].ledger.sign
+        self.witness = Witness(site_id, lambda _state: None)
+        self.leaf_hashes = [leaf_hash(b"%d" % site_id)]
+        self._ledger_keys: dict[int, bytes] = {}
         self._hub_key = founded.admissions[site_id].hub_key
         self._update = update
         self._manifest: Manifest | None = None
@@ -214,6 +220,8 @@ class Hospital:
             return Reply(kind, True, (self.site.on_pair_seeds(found),)), ()  # type: ignore[arg-type]
         if kind is messages.CONFIRMS:
             self.site.on_confirms(found)  # type: ignore[arg-type]
+        elif kind in (messages.HEAD, messages.COSIGN, messages.COSIGNED):
+            return Reply(kind, True, self._heads(request)), ()
         elif kind is messages.READY:
             return Reply(kind, True, (self._ready(found[0], attachment),)), ()  # type: ignore[arg-type]
         elif kind is messages.UPLOAD:
@@ -239,7 +247,20 @@ class Hospital:
             roster = signed_roster.verify(self._hub_key)
             self._manifest, self._admitted = manifest, check(manifest, None)
             self._params = run_params(manifest, self._admitted, roster, self.id)
+            self._ledger_keys = {member.id: member.ledger_key for member in roster.members}
+            self._ledger_keys[HUB] = self._hub_key
             self.site = Site(self._params, persist=lambda _state: None, entropy=os.urandom, sign=self._sign)
+
+    def _heads(self, request: Request) -> tuple[records.Record, ...]:
+        man, found = request.man, request.records
+        if request.kind is messages.HEAD:
+            please: Any = found[0]
+            nonce, sign = os.urandom(32), self._ledger_sign
+            return (self.witness.offer(man, please, nonce, self.leaf_hashes, sign),)
+        if request.kind is messages.COSIGN:
+            return (self.witness.cosign(man, found, self._ledger_keys, self._ledger_sign),)  # type: ignore[arg-type]
+        self.witness.take(man, found, self._ledger_keys)  # type: ignore[arg-type]
+        return ()
 
     def _ready(self, start: records.RoundStart, state_file: bytes) -> records.Ready:
         assert self.site is not None
@@ -249,7 +270,11 @@ class Hospital:
         aggregation = self._manifest.study.aggregation
         state = load_state(state_file, self._admitted.layout, aggregation.state_norm_bound)
         digest = model_digest(state, self._admitted.layout)
+        assert self._params is not None
+        self.witness.spend(self._params.man, start.round, self._params.t + 1)
         self.site.on_round_start(start)
+        # The charge.
+        self.leaf_hashes.append(leaf_hash(b"%d of %d" % (start.round, self.id)))
         self.states.append(state)
         codec = aggregation.codec
         q = quantise(self._update(self.id, start.round, state), codec.step, codec.range)

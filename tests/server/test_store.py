@@ -262,4 +262,5 @@ def test_nothing_but_the_declared_columns_is_stored(store: Store, tmp_path: Path
         "study", "number", "step", "lost", "attempt", "cohort", "context", "sum_digest", "model_digest", "seconds",
     }  # fmt: skip
     assert tables["strategies"] == {"study", "state"}
-    assert set(tables) == {"sites", "studies", "rounds", "models", "strategies"}
+    assert tables["heads"] == {"party", "size", "head", "cosigns"}
+    assert set(tables) == {"sites", "studies", "rounds", "models", "strategies", "heads"}

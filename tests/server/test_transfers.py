@@ -41,7 +41,8 @@ class RawSite:
     def __init__(self, stub: Any) -> None:
         self._frames: queue.Queue[link_pb2.SiteFrame | None] = queue.Queue()
         self.say(greeting=link_pb2.Greeting(protocol_version=1))
-        self.call = stub.Attach(iter(self._frames.get, None))
+        # Heartbeats would keep a read going for ever.
+        self.call = stub.Attach(iter(self._frames.get, None), timeout=2 * TIMEOUT_S)
         assert self.read() == "greeting"
 
     def say(self, **frame: Any) -> None:
@@ -67,6 +68,7 @@ def raw_site(pki: Pki, link: Link) -> Iterator[RawSite]:
     with grpc.secure_channel(f"127.0.0.1:{link.port}", credentials) as channel:
         site = RawSite(link_pb2_grpc.LinkStub(channel))
         try:
+            wait_until(lambda: 1 in link.online())
             yield site
         finally:
             site.end()

@@ -1,0 +1,71 @@
+"""What the hub shows an auditor: its ledger, its studies, and the heads it has seen, in one file.
+
+Source: DESIGN "Ledger". Rules: nothing is written to the hub's folder, and it may run meanwhile; no model, no
+update and no key is in it.
+"""
+
+import base64
+import json
+from contextlib import closing
+from datetime import datetime
+
+from common import identity
+from common.audit.evidence import Evidence
+from common.audit.trust import Trust
+from common.ledger.store import Ledger
+from common.roster import SignedRoster
+from common.run import study_document
+from common.secagg import records
+from common.secagg.records import Cosign, Head
+from common.study import SignedManifest
+from common.version import SOFTWARE_VERSION
+from common.witness import HUB, Offer, Witness
+from server.enrolment import sign_roster
+from server.home import HubHome
+from server.store import HeadRow, Store, StudyRow
+from server.studies import minute
+
+NAME = "hub"
+
+
+def trust(home: HubHome) -> Trust:
+    """The roster to give to auditors, signed by the hub key. Raises RefusedError before any admission."""
+    key = identity.load_signing_key(home.hub_key)
+    with closing(Store.open(home.database)) as store:
+        return Trust(identity.public_key(key), sign_roster(home, store.sites()))
+
+
+def collect(home: HubHome, now: datetime) -> Evidence:
+    """The hub's evidence. Raises RefusedError before the first admission."""
+    signed = trust(home)
+    with closing(Store.open(home.database)) as store:
+        studies = {row.digest: _document(store.study(row.digest)) for row in store.studies()}
+        heads = store.heads()
+    with closing(Ledger.open(home.ledger)) as ledger:
+        leaves, head = ledger.leaves(), ledger.checkpoint(signed.hub_key)
+    return Evidence(
+        party=HUB,
+        name=NAME,
+        time=minute(now),
+        version=SOFTWARE_VERSION,
+        roster=signed.signed,
+        hub_key=signed.hub_key,
+        leaves=leaves,
+        head=head,
+        heads=_heads({row.party: row for row in heads}),
+        studies=studies,
+    )
+
+
+def _document(row: StudyRow) -> bytes:
+    roster = SignedRoster(row.roster, row.roster_signature)
+    return study_document(SignedManifest(row.manifest, row.signature), roster)
+
+
+def _heads(rows: dict[int, HeadRow]) -> bytes:
+    witness = Witness(HUB, lambda _: None)
+    witness.seen = {party: records.decode(Head, row.head) for party, row in rows.items() if party != HUB}
+    if own := rows.get(HUB):
+        cosigns = [records.decode(Cosign, base64.b64decode(text)) for text in json.loads(own.cosigns)]
+        witness.cosigned = Offer(records.decode(Head, own.head), {cosign.id: cosign for cosign in cosigns})
+    return witness.to_bytes()

@@ -1,0 +1,174 @@
+"""Heads of ledgers, carried between the hospitals of a study before each of its rounds.
+
+Source: PROTOCOL L1, L2; DESIGN "A round, end to end", step 7. Rules: the hub only carries: a hospital counts
+the cosignatures itself, and takes part in no round without them; the hub's own head goes along, and its last
+cosigned head and everybody's last are kept as evidence.
+"""
+
+import base64
+import json
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
+
+from common import messages
+from common.messages import Kind, Request
+from common.roster import Roster
+from common.secagg import records
+from common.secagg.params import RunParams
+from common.secagg.records import Cosign, Head, HeadPlease, Record
+from common.study import Aggregation
+from common.witness import HUB, Witness
+from server.exchange import Exchange, only
+from server.ledger import HubLedger
+from server.store import HeadRow, Store
+
+log = logging.getLogger("wardround.hub.rounds")
+
+TRIES: Final = 3
+SPARE_COSIGNERS: Final = 2
+LATE_S: Final = 5.0
+KEPT_SIZES: Final = 48
+
+
+class Heads:
+    """The heads of one study's parties. ``sign`` is the hub key's."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        params: RunParams,
+        timing: Aggregation,
+        roster: Roster,
+        ledger: HubLedger,
+        store: Store,
+        sign: Callable[[bytes], bytes],
+    ) -> None:
+        self._exchange, self._params, self._timing = exchange, params, timing
+        self._ledger, self._store, self._sign = ledger, store, sign
+        self._keys = {member: roster.member(member).ledger_key for member in params.members}
+        self._witness = Witness(HUB, lambda _: None)
+        self._witness.seen = {
+            row.party: records.decode(Head, row.head) for row in store.heads() if row.party in self._keys
+        }
+        self._sizes: defaultdict[int, list[int]] = defaultdict(list)
+        for party, head in self._witness.seen.items():
+            self._sizes[party].append(head.size)
+
+    def cosigned(self, number: int, sites: Collection[int]) -> set[int]:
+        """Let ``sites`` cosign each other's heads for a round; who has enough cosignatures, and was told.
+
+        Asked again, with the proofs that were missing, when somebody remembers another size than expected.
+        """
+        for _ in range(TRIES):
+            heads = self._heads(number, sites)
+            cosigns, refused = self._cosigns(heads)
+            if not any(refused.values()):
+                break
+            for party, sizes in refused.items():
+                self._sizes[party] += sorted(sizes)
+        self._keep(heads, cosigns)
+        enough = {site for site in heads if site and len(cosigns[site]) > self._params.t}
+        for site in enough:
+            self._exchange.tell(messages.COSIGNED, [site], *cosigns[site].values())
+        return enough
+
+    def _heads(self, number: int, sites: Collection[int]) -> dict[int, Head]:
+        """L1 of the hub, under 0, and of each site that answers."""
+        heads: dict[int, Head] = {}
+
+        def take(site: int, found: tuple[Record, ...]) -> None:
+            head = only(found, Head)
+            if (head.id, head.round) == (site, number):
+                _, remembered = self._witness.see(self._params.man, (head,), self._keys)
+                if self._witness.contradicted:
+                    log.warning("%s: its ledger is older or another than before", self._exchange.name(site))
+                self._sizes[site] += [size for _, size in remembered]
+                heads[site] = head
+
+        self._collect(
+            messages.HEAD, {s: self._request(messages.HEAD, self._please(number, s)) for s in sites}, take
+        )
+        heads[HUB] = self._witness.offer(
+            self._params.man,
+            self._please(number, HUB),
+            os.urandom(32),
+            self._ledger.ledger.leaf_hashes(),
+            self._sign,
+        )
+        for party, head in heads.items():
+            self._sizes[party] = [*self._sizes[party], head.size][-KEPT_SIZES:]
+        return heads
+
+    def _please(self, number: int, party: int) -> HeadPlease:
+        return HeadPlease(number, tuple(sorted(set(self._sizes[party]))))
+
+    def _cosigns(self, heads: Mapping[int, Head]) -> tuple[dict[int, dict[int, Cosign]], dict[int, set[int]]]:
+        """L2 by subject and cosigner, and the sizes that cosigners remember of heads they refused."""
+        ring = sorted(site for site in heads if site != HUB)
+        each = min(len(ring) - 1, self._params.t + 1 + SPARE_COSIGNERS)
+        requests = {
+            site: self._request(
+                messages.COSIGN, heads[HUB], *(heads[ring[(at + k) % len(ring)]] for k in range(1, each + 1))
+            )
+            for at, site in enumerate(ring)
+        }
+        subjects = {records.head_digest(head): party for party, head in heads.items()}
+        cosigns: dict[int, dict[int, Cosign]] = {party: {} for party in heads}
+        refused: defaultdict[int, set[int]] = defaultdict(set)
+
+        def take(site: int, found: tuple[Record, ...]) -> None:
+            answer = only(found, records.Cosigned)
+            for cosign in answer.cosigns:
+                if cosign.id == site and cosign.head in subjects:
+                    cosigns[subjects[cosign.head]][site] = cosign
+            for party, size in answer.remembered:
+                # An honest ledger was never longer than its own head.
+                if party in heads and size <= heads[party].size:
+                    refused[party].add(size)
+
+        self._collect(messages.COSIGN, requests, take)
+        return cosigns, refused
+
+    def _request(self, kind: Kind, *parts: Record) -> Request:
+        return self._exchange.request(kind, *parts)
+
+    def _collect(
+        self, kind: Kind, requests: Mapping[int, Request], take: Callable[[int, tuple[Record, ...]], None]
+    ) -> None:
+        """Ask; once m have answered, the others have the stragglers' time, at most LATE_S."""
+        answered, unavailable, enough = set[int](), set[int](), [0.0]
+        m = self._timing.minimum_hospitals
+
+        def until() -> float:
+            if len(requests) - len(unavailable) < m:
+                return 0.0
+            if not enough[0] and len(answered) >= m:
+                enough[0] = time.monotonic() + min(self._timing.straggler_s, LATE_S)
+            return enough[0] or float("inf")
+
+        def taken(site: int, found: tuple[Record, ...]) -> None:
+            answered.add(site)
+            take(site, found)
+
+        deadline_s = float(self._timing.deadline_s)
+        self._exchange.collect(kind, requests, deadline_s, taken, until=until, unavailable=unavailable)
+
+    def _keep(self, heads: Mapping[int, Head], cosigns: Mapping[int, Mapping[int, Cosign]]) -> None:
+        self._store.keep_heads(
+            HeadRow(
+                party=party,
+                size=head.size,
+                head=records.encode(head),
+                cosigns=json.dumps(
+                    [
+                        base64.b64encode(records.encode(cosign)).decode("ascii")
+                        for cosign in cosigns[party].values()
+                    ]
+                ),
+            )
+            for party, head in heads.items()
+        )
