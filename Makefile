@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ONLY ?=
-LIMIT := 15000
 
 .PHONY: demo test lint format bench faults stubs lines
 
@@ -26,13 +25,8 @@ lint: $(STAMP) lines
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-lines:
-	@for folder in common client server .; do \
-	  files=$$(git ls-files --cached --others --exclude-standard "$$folder" | grep '\.py$$' | grep -v '_pb2' | grep -v '^tests/'); \
-	  if [ $$folder = . ]; then label=total; else label=$$folder; fi; \
-	  count=$$(cat $$files | wc -l); printf '%-8s %6d lines\n' $$label $$count; \
-	  if [ $$count -ge $(LIMIT) ]; then echo "more than $(LIMIT) lines without tests"; exit 1; fi; \
-	done
+lines: $(STAMP)
+	$(BIN)/python -m tests.size
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

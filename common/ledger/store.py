@@ -23,7 +23,7 @@ from common.ledger import entries as leaves
 from common.ledger.entries import Entry
 from common.ledger.history import History
 from common.ledger.notes import Checkpoint, note_of, origin_of
-from common.ledger.tree import Frontier, leaf_hash
+from common.ledger.tree import Frontier, Tree, leaf_hash
 
 APPLICATION_ID: Final = 0x77617264
 LOCK_TIMEOUT_S: Final = 30.0
@@ -76,7 +76,7 @@ class _Chain:
         self.frontier = Frontier()
         self.history = History()
         self.entries: list[Entry] = []
-        self.leaf_hashes: list[bytes] = []
+        self.leaf_hashes = Tree()
         self.last: _Row | None = None
 
     def take(self, row: _Row) -> None:
@@ -226,10 +226,10 @@ class Ledger:
         with self._current() as chain:
             return chain.head()
 
-    def leaf_hashes(self) -> tuple[bytes, ...]:
-        """The hash of every leaf, in order. Raises VerificationError when the file was changed."""
+    def leaf_hashes(self) -> Tree:
+        """The hash of every leaf now, in order. Raises VerificationError when the file was changed."""
         with self._current() as chain:
-            return tuple(chain.leaf_hashes)
+            return chain.leaf_hashes.frozen()
 
     def leaves(self) -> tuple[bytes, ...]:
         """The bytes of every leaf, in order. Raises VerificationError when the file was changed."""

@@ -9,7 +9,7 @@ they were given and use every element of a proof.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from common.errors import UsageError, VerificationError
 
@@ -63,8 +63,54 @@ class Frontier:
         return node
 
 
+class Tree(Sequence[bytes]):
+    """The leaf hashes of a growing tree, with the roots of its perfect subtrees: proofs cost O(log^2 n).
+
+    Guarantee: kept_subtrees_change_no_root - nor any proof, however the tree has grown.
+    """
+
+    def __init__(self) -> None:
+        self._levels: list[list[bytes]] = [[]]
+        self._size = 0
+
+    def append(self, hashed_leaf: bytes) -> None:
+        """One more leaf, given by its leaf hash (32 bytes)."""
+        _check_hash(hashed_leaf, "leaf hash")
+        self._levels[0].append(hashed_leaf)
+        self._size += 1
+        for level, nodes in enumerate(self._levels):
+            if len(nodes) % 2:
+                return
+            if level + 1 == len(self._levels):
+                self._levels.append([])
+            self._levels[level + 1].append(node_hash(*nodes[-2:]))
+
+    def frozen(self) -> "Tree":
+        """The tree of the leaves so far, whatever is appended to this one."""
+        copy = Tree()
+        copy._levels, copy._size = self._levels, self._size
+        return copy
+
+    def subtree(self, start: int, end: int) -> bytes:
+        """Root over the leaves ``start`` to ``end`` - 1, where RFC 6962 splits the tree."""
+        level = (end - start - 1).bit_length()
+        if end - start == 1 << level:
+            return self._levels[level][start >> level]
+        middle = start + (1 << level - 1)
+        return node_hash(self.subtree(start, middle), self.subtree(middle, end))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        leaves = self._levels[0]
+        return leaves[: self._size][index] if isinstance(index, slice) else leaves[range(self._size)[index]]
+
+
 def root(leaf_hashes: Sequence[bytes]) -> bytes:
     """Root over the leaf hashes in order, 32 bytes."""
+    if isinstance(leaf_hashes, Tree) and leaf_hashes:
+        return leaf_hashes.subtree(0, len(leaf_hashes))
     frontier = Frontier()
     for hashed_leaf in leaf_hashes:
         frontier = frontier.append(hashed_leaf)
@@ -115,7 +161,7 @@ def consistency_proof(leaf_hashes: Sequence[bytes], old_size: int) -> tuple[byte
     proof, start, end = _descend(leaf_hashes, old_size - 1, lambda _, end: end == old_size)
     # The verifier knows the old root: it is left out when the old tree is one whole subtree.
     if start:
-        proof.append(root(leaf_hashes[start:end]))
+        proof.append(_subtree(leaf_hashes, start, end))
     return tuple(reversed(proof))
 
 
@@ -179,12 +225,16 @@ def _descend(
     while not arrived(start, end):
         middle = start + (1 << ((end - start - 1).bit_length() - 1))
         if index < middle:
-            siblings.append(root(leaf_hashes[middle:end]))
+            siblings.append(_subtree(leaf_hashes, middle, end))
             end = middle
         else:
-            siblings.append(root(leaf_hashes[start:middle]))
+            siblings.append(_subtree(leaf_hashes, start, middle))
             start = middle
     return siblings, start, end
+
+
+def _subtree(leaf_hashes: Sequence[bytes], start: int, end: int) -> bytes:
+    return leaf_hashes.subtree(start, end) if isinstance(leaf_hashes, Tree) else root(leaf_hashes[start:end])
 
 
 def _check_hash(value: bytes, what: str) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,8 @@ class Federation:
         self.hub = HubHome(folder / "hub")
         count = len(list(folder.glob("site*")))
         self.sites = {number: SiteHome(folder / f"site{number}") for number in range(1, count + 1)}
+        # At which sizes of its ledger each hospital has shown a head.
+        self.sizes: dict[int, set[int]] = {number: set() for number in self.sites}
         self.hub_key = identity.load_signing_key(self.hub.hub_key)
         coordinator = CoordinatorHome(self.hub.coordinator).signing_key
         self.coordinator_key = identity.load_signing_key(coordinator)
@@ -208,7 +210,6 @@ class Hub:
     sites: dict[int, Participation]
     round_number: int = 0
     frames: list[tuple[int, str, bytes, tuple[bytes, ...]]] = field(default_factory=list)
-    sizes: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.admitted: Admitted = check(self.manifest, None)
@@ -275,17 +276,20 @@ class Hub:
             "deadline": int(time.time()) + 60,
             "sign": self.federation.hub_key.sign,
         }
+        self.cosign(self.round_number)
         return HubRound(self.params, self.setup, **{**arguments, **changes})
 
-    def cosign(self, *numbers: int) -> None:
-        """L1 and L2 of these hospitals for the round; the hub's own head stays away."""
-        please = records.HeadPlease(self.round_number, tuple(sorted(self.sizes)))
-        asked = {n: self.ask(n, messages.HEAD, please) for n in numbers}
-        if not all(reply.available for reply in asked.values()):
-            # Somebody's ledger is shorter than the longest head seen: each is asked for what it has had.
-            asked = {n: self.ask(n, messages.HEAD, replace(please, since=self.since(n))) for n in numbers}
-        heads: dict[int, Any] = {n: reply.records[0] for n, reply in asked.items() if reply.available}
-        self.sizes |= {head.size for head in heads.values()}
+    def cosign(self, round_number: int) -> None:
+        """L1 and L2 of all hospitals for a round; the hub's own head stays away."""
+        heads: dict[int, Any] = {}
+        for number in self.sites:
+            sizes = self.federation.sizes[number]
+            reply = self.ask(
+                number, messages.HEAD, records.HeadPlease(round_number, tuple(sorted(sizes)[-60:]))
+            )
+            if reply.available:
+                heads[number] = reply.records[0]
+                sizes.add(heads[number].size)
         cosigns: dict[int, list[Record]] = {n: [] for n in heads}
         for number in heads:
             others = [head for other, head in heads.items() if other != number]
@@ -297,14 +301,9 @@ class Hub:
         for number, found in cosigns.items():
             self.ask(number, messages.COSIGNED, *found)
 
-    def since(self, number: int) -> tuple[int, ...]:
-        """The sizes of heads seen so far that this hospital's ledger has reached."""
-        reached = len(self.federation.entries(number))
-        return tuple(sorted(size for size in self.sizes if size <= reached))
-
     def ready(self, round_: HubRound, *numbers: int) -> dict[int, bool]:
         """R1 from each hospital, once all that are here have cosigned; whether it was available."""
-        self.cosign(*self.sites)
+        self.cosign(round_.start.round)
         answers = {}
         for number in numbers or tuple(self.sites):
             reply = self.ask(number, messages.READY, round_.start, attachment=self.state)

@@ -203,9 +203,10 @@ class Busy:
         return self.hub.sites[1]
 
     def begin(self) -> None:
+        number = self.round_.start.round
+        self.hub.cosign(number)
         self._thread = threading.Thread(target=self._ask)
         self._thread.start()
-        number = self.round_.start.round
         wait_until(lambda: (number, "charged") in story(self.hub.federation))
 
     def _ask(self) -> None:

@@ -270,3 +270,23 @@ def test_larger_trees(size: int, chance: random.Random) -> None:
     tree.verify_consistency(old, size, tree.root(hashes[:old]), root, proof)
     with pytest.raises(VerificationError):
         tree.verify_consistency(old, size, tree.root(hashes[1 : old + 1]), root, proof)
+
+
+def test_kept_subtrees_change_no_root() -> None:
+    grown = tree.Tree()
+    frozen = []
+    for size in range(1, LARGEST + 1):
+        grown.append(MANY[size - 1])
+        frozen.append(grown.frozen())
+    for size, kept in enumerate(frozen, start=1):
+        listed = MANY[:size]
+        assert list(kept) == listed
+        assert kept[0:3] == listed[0:3]
+        assert tree.root(kept) == tree.root(listed)
+        for other in range(size):
+            assert tree.inclusion_proof(kept, other) == tree.inclusion_proof(listed, other)
+        for other in range(size + 1):
+            assert tree.consistency_proof(kept, other) == tree.consistency_proof(listed, other)
+    assert tree.root(tree.Tree()) == tree.EMPTY_ROOT
+    with pytest.raises(VerificationError, match="32 bytes"):
+        grown.append(b"short")
