@@ -61,11 +61,17 @@ class Witness:
     ) -> Head:
         """L1 of the own ledger for a round, with a proof from each size asked for. ``nonce`` is fresh.
 
-        Raises: VerificationError for a size that the ledger never had, or too many sizes.
+        Raises: VerificationError for a size that the ledger does not have, or too many sizes.
         """
         since = sorted(set(please.since))
-        if len(since) > MAX_SINCE or not all(size <= len(leaf_hashes) for size in since):
-            raise VerificationError("witness.since", "a head is asked for since a size that never was")
+        if len(since) > MAX_SINCE:
+            raise VerificationError("witness.since", f"a head is asked for with more than {MAX_SINCE} proofs")
+        if since and since[-1] > len(leaf_hashes):
+            raise VerificationError(
+                "witness.rolled-back",
+                f"others have seen {since[-1]} entries of this ledger, but it has {len(leaf_hashes)}",
+                remedy="If it came from a backup, put the newest ledger back; until then nothing is charged.",
+            )
         proofs = tuple(Extension(size, consistency_proof(leaf_hashes, size)) for size in since)
         unsigned = Head(self._me, man, please.round, nonce, len(leaf_hashes), root(leaf_hashes), proofs)
         head = records.signed(unsigned, man, sign)

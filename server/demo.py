@@ -118,6 +118,8 @@ def _run(
         list(pool.map(lambda site: _approve(processes, site, digest), sites))
     history = _watch(processes, folder, console, digest, rounds)
     result = _result(processes, folder, sites, study, test, digest, history)
+    with console.status("each hospital hands its evidence to an auditor, who verifies it"):
+        result |= _audit(processes, folder, sites)
     result["seconds"] = round(time.monotonic() - started, 1)
     return Outcome(_summary(console, result, folder), result)
 
@@ -288,6 +290,26 @@ def _result(
     }
 
 
+def _audit(processes: Processes, folder: Path, sites: list[Site]) -> dict[str, Any]:
+    """Everybody's evidence, verified against the hub's roster, and the report over it."""
+    trust, report = folder / "roster.json", folder / "report.html"
+    (folder / "evidence").mkdir()
+    hub = ("--home", str(folder / "hub"), "--out")
+    processes.json("hub", "roster", *hub, str(trust))
+    processes.json("hub", "evidence", *hub, str(folder / "evidence" / "hub.zip"))
+    files = [str(folder / "evidence" / f"{site.name.replace(' ', '-')}.zip") for site in sites]
+
+    def show(site: Site, file: str) -> None:
+        processes.json("site", "evidence", "--home", str(site.home), "--out", file)
+
+    with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
+        list(pool.map(show, sites, files))
+    files.insert(0, str(folder / "evidence" / "hub.zip"))
+    checked = processes.json("audit", "verify", *files, "--trust", str(trust))
+    processes.json("audit", "report", *files, "--trust", str(trust), "--out", str(report))
+    return {"trust": str(trust), "evidence": files, "report": str(report), "checks": len(checked["checks"])}
+
+
 def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
     table = Table(title="Accuracy on the public test set, and what it cost in privacy")
     table.add_column("model")
@@ -305,5 +327,6 @@ def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
     console.print(table)
     return (
         f"model    {folder / 'model.safetensors'}\nmetrics  {folder / 'metrics.jsonl'}\n"
+        f"evidence {folder / 'evidence'}: {result['checks']} checks hold\nreport   {folder / 'report.html'}\n"
         f"seconds  {result['seconds']}"
     )

@@ -355,6 +355,8 @@ class StudyRun:
                         "rounds.lost", f"{lost} rounds in a row were lost, the last because {error.problem}",
                         remedy="Look into the causes in the log, then submit it again.",
                     ) from error  # fmt: skip
+        # The last round's charges are seen by the others too: a backup from before them will be noticed.
+        heads.cosigned(number + 1, self._exchange.online())
 
     def _round(self, setup: Setup, number: int, sites: list[int], step: ServerStep) -> bool:
         """One round and its checkpoint; whether nobody was unavailable. Raises RoundLost.

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+
+from common.audit.evidence import Evidence
 
 COMMAND = [sys.executable, "-P", "-m", "wardround", "demo"]
 
@@ -48,6 +51,21 @@ def test_the_demo_trains_a_useful_private_model(tmp_path: Path) -> None:
     assert [entry["round"] for entry in history] == [1, 2, 3, 4, 5, 6]
     assert history[-1]["accuracy"] == data["accuracy"]
     assert processes_of(out) == []
+    evidence = sorted(path.name for path in (out / "evidence").iterdir())
+    assert evidence == ["Northgate.zip", "Riverside.zip", "St.-Mary.zip", "hub.zip"]
+    assert "<html" in (out / "report.html").read_text()
+    # As an auditor would, with the roster that the demo names; without it, or with one file changed, it fails.
+    files = [str(out / "evidence" / name) for name in evidence]
+    assert verified(*files, "--trust", data["trust"]) == 0
+    assert verified(*files) == 5
+    whole = Evidence.from_bytes(Path(files[0]).read_bytes(), "Northgate's")
+    Path(files[0]).write_bytes(replace(whole, leaves=whole.leaves[:-1]).to_bytes())
+    assert verified(*files, "--trust", data["trust"]) == 5
+
+
+def verified(*arguments: str) -> int:
+    command = [*COMMAND[:-1], "audit", "verify", *arguments]
+    return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode
 
 
 def test_ctrl_c_ends_everything_that_was_started(tmp_path: Path) -> None:

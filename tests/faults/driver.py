@@ -52,6 +52,12 @@ QUIET_S: Final = 6.0
 TAIL_LINES: Final = 12
 
 STEADY: Final = (
+    (DOWN, "request", "query.head"),
+    (UP, "reply", "query.head"),
+    (DOWN, "request", "query.cosign"),
+    (UP, "reply", "query.cosign"),
+    (DOWN, "request", "query.cosigned"),
+    (UP, "reply", "query.cosigned"),
     (DOWN, "request", "train.ready"),
     (DOWN, "chunk", "train.ready"),
     (UP, "reply", "train.ready"),

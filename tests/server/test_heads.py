@@ -39,9 +39,9 @@ def test_every_ledger_is_seen_by_all_others_and_the_hub(stage: Make) -> None:  #
     for hospital in study.room.hospitals.values():
         others = {HUB, 1, 2, 3, 4} - {hospital.id}
         assert set(hospital.witness.seen) == others
-        # Shown before the third charge: the first leaf and two charges.
-        assert {hospital.witness.seen[other].size for other in others - {HUB}} == {3}
-        assert hospital.asked.count("query.head") == hospital.asked.count("query.cosign") == 3
+        # Shown once more at the end: the first leaf and three charges.
+        assert {hospital.witness.seen[other].size for other in others - {HUB}} == {4}
+        assert hospital.asked.count("query.head") == hospital.asked.count("query.cosign") == 4
         assert hospital.witness.cosigned is not None
         assert set(hospital.witness.cosigned.cosigns) == others - {HUB}
     kept = {row.party: records.decode(Head, row.head) for row in study.store.heads()}
