@@ -8,6 +8,7 @@ that follows from it are one step under the ledger's lock; nothing here depends 
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -22,7 +23,17 @@ from common.encoding import canonical_json, derive, parse_canonical_json
 from common.errors import BudgetExhaustedError, RefusedError, VerificationError
 from common.identity import key_text, public_key
 from common.ledger import entries as leaves
-from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, OutcomeReason, Pause
+from common.ledger.entries import (
+    Approval,
+    Charge,
+    Entry,
+    Opened,
+    Outcome,
+    OutcomeReason,
+    Pause,
+    PolicyChange,
+    Rules,
+)
 from common.ledger.store import Ledger
 from common.privacy.decimals import text_of
 from common.privacy.events import Event
@@ -41,6 +52,10 @@ class Budget:
     charges: int
 
 
+class _Recorded(Exception):  # noqa: N818 - nothing is wrong: the ledger says so already
+    pass
+
+
 class Guard:
     """Every rule of this hospital that a study must meet, and the ledger that remembers. Thread-safe.
 
@@ -56,6 +71,7 @@ class Guard:
         self._pins = Pins(home)
         self._events: list[Event] = []
         self._parsed = 0
+        self._rules: Rules | None = None
         self._parsing, self._charging = threading.Lock(), threading.Lock()
         register = self.policy.privacy_register
         self.register_id = register.id
@@ -63,6 +79,7 @@ class Guard:
         self._ledger = Ledger.open(home.ledger, identity.ledger_key, clock=now)
         try:
             self._open_register(register)
+            self._record_policy()
             self._check_mark()
         except BaseException:
             self._ledger.close()
@@ -235,6 +252,7 @@ class Guard:
             return Charge(actor=self._actor, event=event.to_fields())
 
         with self._charging:
+            self._record_policy()
             seq = self._ledger.append_if(decide)
             # Outside backups: a ledger that is behind this mark is an older copy of itself.
             write_durable(self._home.ledger_mark, canonical_json({"seq": seq, "event": event.event_id}))
@@ -366,6 +384,36 @@ class Guard:
                 self._events += map(Event.from_fields, fields)
                 self._parsed = len(entries)
             return tuple(self._events)
+
+    def _record_policy(self) -> None:
+        """Write into the ledger what the policy allows, when that is not what stands there.
+
+        Guarantee: policy_changes_are_recorded - before anything is charged under them.
+        """
+        policy = self.policy
+        rules, register = policy.rules, policy.privacy_register
+        after = Rules(
+            epsilon_t=text_of(register.epsilon_t),
+            epsilon_w=text_of(register.epsilon_w),
+            delta=text_of(register.delta),
+            minimum_hospitals=rules.minimum_hospitals,
+            max_round_minutes=rules.max_round_minutes,
+            without_differential_privacy=rules.allow_studies_without_differential_privacy,
+            coordinators=tuple(rules.coordinators),
+        )
+        if after == self._rules:
+            return
+
+        def decide(entries: Sequence[Entry]) -> PolicyChange:
+            recorded = (entry.after for entry in reversed(entries) if isinstance(entry, PolicyChange))
+            before = next(recorded, None)
+            if before == after:
+                raise _Recorded
+            return PolicyChange(actor=self._actor, before=before, after=after)
+
+        with suppress(_Recorded):
+            self._ledger.append_if(decide)
+        self._rules = after
 
     def _opened(self, entries: Sequence[Entry]) -> Opened | None:
         opened = (entry for entry in entries if isinstance(entry, Opened))

@@ -124,7 +124,7 @@ PartyName = Annotated[str, AfterValidator(_party_name)]
 SiteId = Annotated[int, Field(ge=1, le=MAX_ID)]
 
 
-class _Leaf(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -135,6 +135,8 @@ class _Leaf(BaseModel):
         serialize_by_alias=True,
     )
 
+
+class _Leaf(_Strict):
     schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
     seq: Annotated[int, Field(ge=UNPLACED, le=_MAX_EXACT)] = UNPLACED
     time: Minute | Literal[""] = ""
@@ -160,6 +162,26 @@ class Opened(_Leaf):
     epsilon_t: DecimalText
     epsilon_w: DecimalText | None
     delta: DecimalText
+
+
+class Rules(_Strict):
+    """What a site's policy allows: its caps, as in ``Opened``, and whose studies it takes part in."""
+
+    epsilon_t: DecimalText
+    epsilon_w: DecimalText | None
+    delta: DecimalText
+    minimum_hospitals: Annotated[int, Field(ge=3, le=MAX_ID)]
+    max_round_minutes: Annotated[int, Field(ge=1, le=_MAX_EXACT)]
+    without_differential_privacy: bool
+    coordinators: Annotated[tuple[KeyText, ...], Field(strict=False)]
+
+
+class PolicyChange(_Leaf):
+    """The policy was found to say something else than before; ``before`` is absent in the first one."""
+
+    type: Literal["policy"] = "policy"
+    before: Rules | None
+    after: Rules
 
 
 class Approval(_Leaf):
@@ -277,7 +299,7 @@ class Ended(_Leaf):
     status: Literal["done", "failed", "aborted", "denied"]
 
 
-SiteEntry = Opened | Approval | Pause | Charge | Outcome | Restored
+SiteEntry = Opened | PolicyChange | Approval | Pause | Charge | Outcome | Restored
 HubEntry = Membership | Submission | Completed | Ended
 Entry = SiteEntry | HubEntry
 

@@ -19,7 +19,9 @@ from common.ledger.entries import (
     Opened,
     Outcome,
     Pause,
+    PolicyChange,
     Restored,
+    Rules,
     Submission,
 )
 
@@ -32,11 +34,22 @@ Rule = tuple[bool, str, str]
 class History:
     """What the entries so far allow to come next. One instance follows one ledger from its beginning."""
 
-    __slots__ = ("_ended", "_events", "_members", "_paused", "_registers", "_restored", "_steps", "last")
+    __slots__ = (
+        "_ended",
+        "_events",
+        "_members",
+        "_paused",
+        "_policy",
+        "_registers",
+        "_restored",
+        "_steps",
+        "last",
+    )
 
     def __init__(self) -> None:
         self.last: Entry | None = None
         self._paused = self._restored = False
+        self._policy: Rules | None = None
         self._registers: set[str] = set()
         self._events: set[str] = set()
         self._steps: dict[str, int] = {}
@@ -50,9 +63,9 @@ class History:
         Guarantee: nothing_is_charged_while_paused - by whomever, for whatever study.
         Guarantee: nothing_is_charged_after_a_restore - what a backup lacks may have been spent.
         Guarantee: history_is_checked - numbers follow each other; a register is opened once; an event is
-        charged once, to an opened register; an outcome names a charged event; a pause ends before another;
-        at a hub, a hospital is admitted once and revoked once, a study is submitted once, its rounds are
-        counted without a gap, and nothing follows its end.
+        charged once, to an opened register; an outcome names a charged event; a pause ends before another; a
+        policy changes from what it was; at a hub, a hospital is admitted once and revoked once, a study is
+        submitted once, its rounds are counted without a gap, and nothing follows its end.
 
         Raises: RefusedError naming the rule.
         """
@@ -88,6 +101,9 @@ class History:
         elif isinstance(entry, Pause):
             changes = (entry.decision == "paused") != self._paused
             yield changes, "pause", f"this site is {'paused already' if self._paused else 'not paused'}"
+        elif isinstance(entry, PolicyChange):
+            changes = entry.before == self._policy != entry.after
+            yield changes, "policy", "the policy was not what this entry says, or has not changed"
         elif isinstance(entry, Membership):
             before = None if entry.decision == "admitted" else "admitted"
             right = self._members.get(entry.id) == before
@@ -110,6 +126,8 @@ class History:
             self._events.add(entry.event_id)
         elif isinstance(entry, Pause):
             self._paused = entry.decision == "paused"
+        elif isinstance(entry, PolicyChange):
+            self._policy = entry.after
         elif isinstance(entry, Restored):
             self._restored = True
         elif isinstance(entry, Membership):

@@ -18,7 +18,7 @@ from common.errors import (
     WardroundError,
 )
 from common.identity import key_text, new_signing_key, public_key
-from common.ledger.entries import Approval, Charge, Opened, Outcome, Pause
+from common.ledger.entries import Approval, Charge, Opened, Outcome, Pause, PolicyChange
 from common.privacy.filter import odometer
 from common.roster import Member, Roster, SignedRoster
 from common.study import Manifest
@@ -48,8 +48,9 @@ def test_the_register_is_opened_once(federation: Federation) -> None:
         guard = federation.guard(1)
         assert (guard.budget().epsilon_t, guard.budget().charges) == (0.0, 0)
         guard.close()
-    (opened,) = federation.entries(1)
+    opened, policy = federation.entries(1)
     assert isinstance(opened, Opened)
+    assert isinstance(policy, PolicyChange)
     assert (opened.register_id, opened.epsilon_t, opened.epsilon_w) == (guard.register_id, "3", "3")
 
 
@@ -69,7 +70,29 @@ def test_many_first_guards_at_once_open_one_register(federation: Federation) -> 
     for thread in threads:
         thread.join()
     assert not problems
-    assert [type(entry) for entry in federation.entries(1)] == [Opened]
+    assert [type(entry) for entry in federation.entries(1)] == [Opened, PolicyChange]
+
+
+def test_policy_changes_are_recorded(federation: Federation) -> None:
+    """At every start and before every charge; what was before stands beside what is now."""
+    guard = federation.guard(1)
+    manifest = federation.manifest(training__rounds=20)
+    admitted = check(manifest, None)
+    guard.charge(manifest, admitted, 1)
+    federation.edit_policy(1, register={"epsilon_t": 2.5}, rules={"minimum_hospitals": 4})
+    guard.charge(manifest, admitted, 2)
+    guard.charge(manifest, admitted, 3)
+    guard.close()
+    federation.edit_policy(1, rules={"coordinators": []})
+    federation.guard(1).close()
+    federation.guard(1).close()
+    kinds = [type(entry) for entry in federation.entries(1)]
+    assert kinds == [Opened, PolicyChange, Charge, PolicyChange, Charge, Charge, PolicyChange]
+    changes = [entry for entry in federation.entries(1) if isinstance(entry, PolicyChange)]
+    assert [change.before for change in changes] == [None, changes[0].after, changes[1].after]
+    assert [change.after.epsilon_t for change in changes] == ["3", "2.5", "2.5"]
+    assert [change.after.minimum_hospitals for change in changes] == [3, 4, 4]
+    assert [change.after.coordinators for change in changes] == [*[(federation.coordinator,)] * 2, ()]
 
 
 def test_another_register_id_is_refused(federation: Federation, guard: Guard) -> None:
@@ -83,7 +106,7 @@ def test_another_register_id_is_refused(federation: Federation, guard: Guard) ->
     refused(lambda: guard.charge(plain, check(plain, None), 1), RefusedError, "guard.register")
     refused(lambda: guard.check_budget(plain, check(plain, None), 1), RefusedError, "guard.register")
     refused(lambda: federation.guard(1), RefusedError, "guard.register")
-    assert [type(entry) for entry in federation.entries(1)] == [Opened]
+    assert [type(entry) for entry in federation.entries(1)] == [Opened, PolicyChange]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +119,7 @@ def test_a_raised_cap_is_refused(federation: Federation, guard: Guard, register:
     federation.edit_policy(1, register=register)
     refused(lambda: guard.charge(manifest, admitted, 1), RefusedError, "guard.cap-raised")
     refused(guard.budget, RefusedError, "guard.cap-raised")
-    assert [type(entry) for entry in federation.entries(1)] == [Opened]
+    assert [type(entry) for entry in federation.entries(1)] == [Opened, PolicyChange, PolicyChange]
 
 
 def test_a_lowered_cap_acts_at_once_and_may_go_back_up_to_the_first(
@@ -321,7 +344,7 @@ def test_a_clock_set_back_charges_nothing(federation: Federation) -> None:
     manifest = federation.manifest()
     refused(lambda: guard.charge(manifest, check(manifest, None), 1), RefusedError, "ledger.clock")
     guard.close()
-    assert [type(entry) for entry in federation.entries(1)] == [Opened]
+    assert [type(entry) for entry in federation.entries(1)] == [Opened, PolicyChange]
 
 
 # -- what may run --------------------------------------------------------------------------------------------

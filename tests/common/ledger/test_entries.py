@@ -13,7 +13,22 @@ from common.encoding import canonical_json
 from common.errors import RefusedError, UsageError, VerificationError
 from common.identity import key_text, new_signing_key, public_key
 from common.ledger import entries
-from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, Pause, placed
+from common.ledger.entries import (
+    Approval,
+    Charge,
+    Completed,
+    Ended,
+    Entry,
+    Membership,
+    Opened,
+    Outcome,
+    Pause,
+    PolicyChange,
+    Restored,
+    Rules,
+    Submission,
+    placed,
+)
 from common.ledger.history import History
 from common.privacy.events import Event
 
@@ -56,9 +71,52 @@ def pause(decision: Literal["paused", "resumed"] = "paused") -> Pause:
     return Pause(actor=ACTOR, decision=decision, reason="Dr. Roe: maintenance")
 
 
-ALL: list[Entry] = [
-    placed(entry, seq, TIME) for seq, entry in enumerate([opened(), approval(), charge(), outcome(), pause()])
-]
+def rules(epsilon: str = "3", coordinators: tuple[str, ...] = (ACTOR,)) -> Rules:
+    return Rules(
+        epsilon_t=epsilon,
+        epsilon_w=None,
+        delta="0.000001",
+        minimum_hospitals=3,
+        max_round_minutes=60,
+        without_differential_privacy=False,
+        coordinators=coordinators,
+    )
+
+
+def policy(before: Rules | None, after: Rules) -> PolicyChange:
+    return PolicyChange(actor=ACTOR, before=before, after=after)
+
+
+def restored() -> Restored:
+    return Restored(actor=ACTOR, reason="Dr. Roe: the disk broke")
+
+
+def membership(site: int = 3, decision: Literal["admitted", "revoked"] = "admitted") -> Membership:
+    mark = "0123-4567-89ab-cdef-0123-4567-89ab-cdef"
+    return Membership(actor=ACTOR, id=site, name="St. Mary", fingerprint=mark, decision=decision)
+
+
+def submission(manifest: str = DIGEST) -> Submission:
+    return Submission(actor=ACTOR, manifest=manifest, coordinator=ACTOR)
+
+
+def completed(step: int = 1, manifest: str = DIGEST, cohort: tuple[int, ...] = (1, 2, 40)) -> Completed:
+    return Completed(
+        actor=ACTOR, manifest=manifest, round=step + 1, step=step, attempt=1, cohort=cohort,
+        ctx=DIGEST, sum_digest=DIGEST, model_digest=DIGEST,
+    )  # fmt: skip
+
+
+def ended(manifest: str = DIGEST) -> Ended:
+    return Ended(actor=ACTOR, manifest=manifest, status="done")
+
+
+OF_A_SITE: list[Entry] = [
+    opened(), policy(None, rules()), policy(rules(), rules("2.5", (ACTOR, ACTOR))), approval(), charge(), outcome(),
+    pause(), restored(),
+]  # fmt: skip
+OF_A_HUB: list[Entry] = [membership(), submission(), completed(), ended(), membership(decision="revoked")]
+ALL = [placed(entry, seq, TIME) for kinds in (OF_A_SITE, OF_A_HUB) for seq, entry in enumerate(kinds)]
 
 
 @pytest.mark.parametrize("entry", ALL)
@@ -74,8 +132,8 @@ def test_leaves_are_read_exactly(entry: Entry) -> None:
         wrong += [{**value, name: junk} for junk in (None, True, 1.5, [], {}, "", " ", "x" * 1000, -2)]
     wrong = [bad for bad in wrong if bad != value]
     for bad in wrong:
-        if bad == {**value, "ctx": None}:
-            continue  # an outcome without upload is a right one
+        if bad in ({**value, "ctx": None}, {**value, "before": None}):
+            continue  # an outcome without upload and a first policy are right ones
         with pytest.raises(VerificationError):
             entries.decode(canonical_json(bad))
     for data in (
@@ -210,7 +268,8 @@ def test_history_is_checked(data: st.DataObject) -> None:
     registers = [f"{i:032x}" for i in range(2)]
     ids = [f"{i:032x}" for i in range(3)]
     history, open_registers, charged, size = History(), set[str](), set[str](), 0
-    paused = False
+    paused, known = False, None
+    policies = [rules(epsilon) for epsilon in ("1", "2")]
     for _ in range(data.draw(st.integers(1, 12))):
         register, event = data.draw(st.sampled_from(registers)), data.draw(st.sampled_from(ids))
         entry, allowed = data.draw(
@@ -228,6 +287,14 @@ def test_history_is_checked(data: st.DataObject) -> None:
                 ]
             )
         )
+        if data.draw(st.booleans()):
+            before, after = (
+                data.draw(st.sampled_from([None, *policies])),
+                data.draw(st.sampled_from(policies)),
+            )
+            entry, allowed = policy(before, after), before == known and after != known
+        elif size and data.draw(st.integers(0, 3)) == 0:
+            entry, allowed = data.draw(st.sampled_from(OF_A_HUB)), False
         right = data.draw(st.sampled_from([size, size, size, size + 1, size - 1]))
         entry = placed(entry, right, TIME) if right >= 0 else entry
         if right != size or not allowed:
@@ -243,6 +310,69 @@ def test_history_is_checked(data: st.DataObject) -> None:
             charged.add(event)
         elif isinstance(entry, Pause):
             paused = not paused
+        elif isinstance(entry, PolicyChange):
+            known = entry.after
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_hubs_history_is_checked(data: st.DataObject) -> None:
+    """Random entries over two hospitals and two studies, against a record kept by hand."""
+    history, size = History(), 0
+    members: dict[int, str] = {}
+    steps: dict[str, int] = {}
+    over: set[str] = set()
+    for _ in range(data.draw(st.integers(1, 14))):
+        site, study = data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([DIGEST, "0" * 64]))
+        step = data.draw(st.integers(1, 3))
+        going_on = study in steps and study not in over
+        entry, allowed = data.draw(
+            st.sampled_from(
+                [
+                    (membership(site), site not in members),
+                    (membership(site, "revoked"), members.get(site) == "admitted"),
+                    (submission(study), study not in steps),
+                    (completed(step, study), going_on and step == steps[study] + 1),
+                    (ended(study), going_on),
+                    (pause(), not size),
+                ]
+            )
+        )
+        if isinstance(entry, Pause):
+            if size:
+                with pytest.raises(RefusedError, match="hub"):
+                    history.check(placed(entry, size, TIME))
+            continue
+        if not allowed:
+            with pytest.raises(RefusedError):
+                history.check(placed(entry, size, TIME))
+            continue
+        history.check(placed(entry, size, TIME))
+        history.add(placed(entry, size, TIME))
+        size += 1
+        if isinstance(entry, Membership):
+            members[site] = entry.decision
+        elif isinstance(entry, Submission):
+            steps[study] = 0
+        elif isinstance(entry, Completed):
+            steps[study] = step
+        else:
+            over.add(study)
+
+
+def test_nothing_is_charged_after_a_restore() -> None:
+    history = History()
+    for seq, entry in enumerate([opened(), charge(), restored(), approval(), outcome()]):
+        history.check(placed(entry, seq, TIME))
+        history.add(placed(entry, seq, TIME))
+    with pytest.raises(RefusedError, match="restored from a backup"):
+        history.check(placed(charge("0" * 32), 5, TIME))
+
+
+@pytest.mark.parametrize("cohort", [(), (1, 2), (1, 3, 2), (1, 1, 2), (0, 1, 2), (1, 2, 65536)])
+def test_cohorts_are_three_hospitals_or_more_in_order(cohort: tuple[int, ...]) -> None:
+    with pytest.raises(ValidationError):
+        completed(cohort=cohort)
 
 
 def test_nothing_is_charged_while_paused() -> None:
