@@ -115,7 +115,7 @@ def test_a_restored_folder_is_cosigned_by_nobody(
     with caplog.at_level(logging.WARNING, "wardround"):
         # Of three hospitals each needs the cosignatures of both others.
         assert hub.ready(hub.start()) == {1: False, 2: False, 3: False}
-        assert "others have seen 8 entries of this ledger, but it has 5" in caplog.text
+        assert "others have seen 9 entries of this ledger, but it has 6" in caplog.text
         # Grown to the size that the others saw, it is another ledger.
         for number in range(3):
             hub.federation.decide(2, hub.federation.manifest(training__rounds=3 + number), "denied")

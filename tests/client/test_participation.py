@@ -17,7 +17,7 @@ import pytest
 from client.participation import Participation
 from client.state import RunFile
 from common import messages
-from common.ledger.entries import Approval, Charge, Opened, Outcome
+from common.ledger.entries import Approval, Charge, Opened, Outcome, PolicyChange
 from common.messages import KINDS, Reply, Request
 from common.run import study_document
 from common.secagg import records
@@ -572,4 +572,4 @@ def test_over_budget_is_refused_before_computing(offered: Hub) -> None:
     assert offered.sites[1].exhausted
     assert offered.sites[1]._runs[offered.man].computation._process is None
     assert offered.federation.entries(1) == before
-    assert [type(entry) for entry in before] == [Opened, Approval]
+    assert [type(entry) for entry in before] == [Opened, PolicyChange, Approval]

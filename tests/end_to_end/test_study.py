@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.ledger.entries import Approval, Charge, Opened, Outcome
+from common.ledger.entries import Approval, Charge, Opened, Outcome, PolicyChange
 from common.ledger.store import Ledger
 from common.study import Study
 from server.processes import Processes
@@ -45,7 +45,7 @@ def test_a_whole_study_with_differential_privacy(tmp_path: Path, processes: Proc
     for number in (1, 2, 3):
         story = entries(federation, number)
         kinds = [type(entry) for entry in story]
-        assert kinds == [Opened, Approval, *[Charge, Outcome, Outcome] * 3]
+        assert kinds == [Opened, PolicyChange, Approval, *[Charge, Outcome, Outcome] * 3]
         rounds = [entry.event["round"] for entry in story if isinstance(entry, Charge)]
         assert rounds == [1, 2, 3]
         outcomes = [entry for entry in story if isinstance(entry, Outcome)]
@@ -142,7 +142,7 @@ def test_a_register_that_cannot_pay_refuses_to_approve(tmp_path: Path, processes
     lines = list(running.lines(30))
     assert running.process.wait(10) == 4
     assert '"budget.exhausted"' in lines[-1]
-    assert [type(entry) for entry in entries(federation, 1)] == [Opened]
+    assert [type(entry) for entry in entries(federation, 1)] == [Opened, PolicyChange]
 
 
 def test_a_budget_lowered_after_approval_stops_before_computing(tmp_path: Path, processes: Processes) -> None:
