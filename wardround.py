@@ -20,6 +20,7 @@ GROUPS: Final[dict[str, tuple[str, str]]] = {
     ),
     "hub": ("server.cli:hub", "Coordinator: make a hub, admit hospitals, run the server."),
     "study": ("server.cli:study", "Coordinator: submit, list, watch, abort and export studies."),
+    "audit": ("common.audit.cli:app", "Auditor: verify evidence offline, report, budgets."),
     "demo": ("server.demo:app", "Anyone: a whole federation on this machine, with real processes."),
 }
 NOTEBOOK_NAMES: Final[dict[str, str]] = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, TypeVar
 
 from client.identity import SiteIdentity, load_policy
 from client.pins import Pins
@@ -40,6 +40,8 @@ from common.privacy.events import Event
 from common.privacy.filter import Cap, admits, odometer, rounds_left
 from common.roster import Roster, SignedRoster
 from common.study import Manifest, NoDifferentialPrivacy
+
+E = TypeVar("E", bound=Entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,6 @@ class Guard:
         self._pins = Pins(home)
         self._events: list[Event] = []
         self._parsed = 0
-        self._rules: Rules | None = None
         self._parsing, self._charging = threading.Lock(), threading.Lock()
         register = self.policy.privacy_register
         self.register_id = register.id
@@ -79,7 +80,7 @@ class Guard:
         self._ledger = Ledger.open(home.ledger, identity.ledger_key, clock=now)
         try:
             self._open_register(register)
-            self._record_policy()
+            self._record(self.policy)
             self._check_mark()
         except BaseException:
             self._ledger.close()
@@ -174,11 +175,13 @@ class Guard:
 
     def decision(self, man: bytes) -> str:
         """``approved``, ``denied`` or empty: the latest decision on a manifest digest."""
+        return self._decision(self._ledger.entries(), man)
+
+    @staticmethod
+    def _decision(entries: Sequence[Entry], man: bytes) -> str:
         name = man.hex()
-        for entry in reversed(self._ledger.entries()):
-            if isinstance(entry, Approval) and entry.manifest == name:
-                return entry.decision
-        return ""
+        last = _last(entries, Approval, lambda approval: approval.manifest == name)
+        return "" if last is None else last.decision
 
     def decide(self, manifest: Manifest, roster: Roster, decision: str, reason: str) -> None:
         """Write a person's decision into the ledger; approving pins the members' fingerprints."""
@@ -192,8 +195,7 @@ class Guard:
     @property
     def paused(self) -> bool:
         """Whether a person has paused this site."""
-        pauses = (entry for entry in reversed(self._ledger.entries()) if isinstance(entry, Pause))
-        last = next(pauses, None)
+        last = _last(self._ledger.entries(), Pause)
         return last is not None and last.decision == "paused"
 
     def pause(self, decision: Literal["paused", "resumed"], reason: str) -> None:
@@ -217,7 +219,7 @@ class Guard:
         """
         event = self.plan(admitted, round_number)
         entries = self._ledger.entries()
-        cap, history = self._cap(entries), self._charged(entries)
+        cap, history = self._cap(entries, self.policy), self._charged(entries)
         self._check_no_dp_members(manifest, history)
         if event.kind == "no_dp":
             return
@@ -237,10 +239,13 @@ class Guard:
 
         Raises: BudgetExhaustedError, RefusedError; nothing is appended then.
         """
-        event = self.plan(admitted, round_number)
+        event, policy = self.plan(admitted, round_number), self.policy
 
         def decide(entries: Sequence[Entry]) -> Charge:
-            cap, history = self._cap(entries), self._charged(entries)
+            # Between the checks before this one and the lock a person may have decided otherwise.
+            if self._decision(entries, manifest.digest) == "denied" or _recorded(entries) != _rules(policy):
+                raise RefusedError("guard.decided", "the study was denied, or the policy changed, just now")
+            cap, history = self._cap(entries, policy), self._charged(entries)
             rounds = [past.round for past in history if past.manifest_digest == event.manifest_digest]
             if event.round in rounds:
                 raise RefusedError("guard.round-charged", "this round has been charged before")
@@ -252,7 +257,7 @@ class Guard:
             return Charge(actor=self._actor, event=event.to_fields())
 
         with self._charging:
-            self._record_policy()
+            self._record(policy)
             seq = self._ledger.append_if(decide)
             # Outside backups: a ledger that is behind this mark is an older copy of itself.
             write_durable(self._home.ledger_mark, canonical_json({"seq": seq, "event": event.event_id}))
@@ -353,12 +358,12 @@ class Guard:
     @property
     def cap(self) -> Cap:
         """The caps in force: the policy's, and never above those with which the register was opened."""
-        return self._cap(self._ledger.entries())
+        return self._cap(self._ledger.entries(), self.policy)
 
-    def _cap(self, entries: Sequence[Entry]) -> Cap:
+    def _cap(self, entries: Sequence[Entry], policy: Policy) -> Cap:
         opened = self._opened(entries)
-        cap = self.policy.privacy_register.cap
-        if opened is None or self.policy.privacy_register.id != self.register_id:
+        cap = policy.privacy_register.cap
+        if opened is None or policy.privacy_register.id != self.register_id:
             raise RefusedError(
                 "guard.register", "the policy names another register than this ledger's",
                 remedy="Restore register.id in policy.toml.",
@@ -385,39 +390,24 @@ class Guard:
                 self._parsed = len(entries)
             return tuple(self._events)
 
-    def _record_policy(self) -> None:
+    def _record(self, policy: Policy) -> None:
         """Write into the ledger what the policy allows, when that is not what stands there.
 
         Guarantee: policy_changes_are_recorded - before anything is charged under them.
         """
-        policy = self.policy
-        rules, register = policy.rules, policy.privacy_register
-        after = Rules(
-            epsilon_t=text_of(register.epsilon_t),
-            epsilon_w=text_of(register.epsilon_w),
-            delta=text_of(register.delta),
-            minimum_hospitals=rules.minimum_hospitals,
-            max_round_minutes=rules.max_round_minutes,
-            without_differential_privacy=rules.allow_studies_without_differential_privacy,
-            coordinators=tuple(rules.coordinators),
-        )
-        if after == self._rules:
-            return
+        after = _rules(policy)
 
         def decide(entries: Sequence[Entry]) -> PolicyChange:
-            recorded = (entry.after for entry in reversed(entries) if isinstance(entry, PolicyChange))
-            before = next(recorded, None)
+            before = _recorded(entries)
             if before == after:
                 raise _Recorded
             return PolicyChange(actor=self._actor, before=before, after=after)
 
         with suppress(_Recorded):
             self._ledger.append_if(decide)
-        self._rules = after
 
     def _opened(self, entries: Sequence[Entry]) -> Opened | None:
-        opened = (entry for entry in entries if isinstance(entry, Opened))
-        return next((entry for entry in opened if entry.register_id == self.register_id), None)
+        return _last(entries, Opened, lambda opened: opened.register_id == self.register_id)
 
     def _open_register(self, register: Register) -> None:
         """Write the register's first entry, once, with the caps of the policy."""
@@ -444,3 +434,27 @@ class Guard:
                 # Another process may have opened it between the look and the lock.
                 if self._opened(self._ledger.entries()) is None:
                     raise
+
+
+def _last(entries: Sequence[Entry], kind: type[E], fits: Callable[[E], bool] = lambda _: True) -> E | None:
+    """The newest entry of a kind that fits."""
+    return next((entry for entry in reversed(entries) if isinstance(entry, kind) and fits(entry)), None)
+
+
+def _recorded(entries: Sequence[Entry]) -> Rules | None:
+    """What the policy allowed when the ledger was told last."""
+    last = _last(entries, PolicyChange)
+    return None if last is None else last.after
+
+
+def _rules(policy: Policy) -> Rules:
+    rules, register = policy.rules, policy.privacy_register
+    return Rules(
+        epsilon_t=text_of(register.epsilon_t),
+        epsilon_w=text_of(register.epsilon_w),
+        delta=text_of(register.delta),
+        minimum_hospitals=rules.minimum_hospitals,
+        max_round_minutes=rules.max_round_minutes,
+        without_differential_privacy=rules.allow_studies_without_differential_privacy,
+        coordinators=tuple(rules.coordinators),
+    )

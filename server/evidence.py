@@ -1,7 +1,7 @@
 """What the hub shows an auditor: its ledger, its studies, and the heads it has seen, in one file.
 
-Source: DESIGN "Ledger". Rules: nothing is written to the hub's folder, and it may run meanwhile; no model, no
-update and no key is in it.
+Source: DESIGN "Ledger". Rules: the hub may run meanwhile; what the tables say stands in the ledger first; no
+model, no update and no key is in it.
 """
 
 import base64
@@ -22,6 +22,7 @@ from common.version import SOFTWARE_VERSION
 from common.witness import HUB, Offer, Witness
 from server.enrolment import sign_roster
 from server.home import HubHome
+from server.ledger import HubLedger
 from server.store import HeadRow, Store, StudyRow
 from server.studies import minute
 
@@ -39,6 +40,8 @@ def collect(home: HubHome, now: datetime) -> Evidence:
     """The hub's evidence. Raises RefusedError before the first admission."""
     signed = trust(home)
     with closing(Store.open(home.database)) as store:
+        with closing(HubLedger(home, store)) as books:
+            books.catch_up()
         studies = {row.digest: _document(store.study(row.digest)) for row in store.studies()}
         heads = store.heads()
     with closing(Ledger.open(home.ledger)) as ledger:

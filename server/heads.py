@@ -124,6 +124,7 @@ class Heads:
             answer = only(found, records.Cosigned)
             for cosign in answer.cosigns:
                 if cosign.id == site and cosign.head in subjects:
+                    records.check_signature(cosign, self._params.man, self._keys[site], "its ledger key")
                     cosigns[subjects[cosign.head]][site] = cosign
             for party, size in answer.remembered:
                 # An honest ledger was never longer than its own head.

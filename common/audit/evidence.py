@@ -8,6 +8,7 @@ believed here: common.audit.verify does that, against keys from elsewhere.
 import base64
 import io
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -30,6 +31,11 @@ MAX_TOTAL_BYTES: Final = 1 << 30
 
 _STUDY: Final = re.compile(r"studies/([0-9a-f]{64})\.study")
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
+_METHODS: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_UNSOUND: Final = (
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(EOFError, NotImplementedError, RuntimeError, OSError, ValueError),
+)
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 
 
@@ -143,11 +149,13 @@ def _unpacked(data: bytes, what: str) -> dict[str, bytes]:
                 raise _refused(what, "a file in it is there twice, or there are too many")
             if not fixed <= set(names) or not all(_STUDY.fullmatch(name) for name in set(names) - fixed):
                 raise _refused(what, "it does not hold exactly the files of evidence")
+            if not all(info.compress_type in _METHODS for info in infos):
+                raise _refused(what, "it is compressed in another way than evidence is")
             if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES:
                 raise _refused(what, "it would unpack to more than any evidence")
             # zipfile reads no more than the stated size of a member, and checks its CRC.
             return {info.filename: archive.read(info) for info in infos}
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except _UNSOUND as error:
         raise _refused(what, "it is not a sound zip file") from error
 
 
@@ -162,4 +170,8 @@ def _text(data: bytes) -> str:
 
 
 def _bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)
+    data = base64.b64decode(text, validate=True)
+    # The decoder ignores spare bits: only a round trip is exact.
+    if _text(data) != text:
+        raise ValueError("base64")
+    return data

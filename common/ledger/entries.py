@@ -6,11 +6,12 @@ text; times are whole minutes of UTC; every leaf names who wrote it and with whi
 decision carries free text; a hospital's ledger and the hub's have no kind of leaf in common.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import (
     AfterValidator,
@@ -23,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from common.encoding import canonical_json, parse_canonical_json
+from common.encoding import canonical_json
 from common.errors import UsageError, VerificationError
 from common.identity import MAX_ID, key_bytes, name_problem
 from common.version import SOFTWARE_VERSION
@@ -353,9 +354,9 @@ def decode(leaf: bytes) -> Entry:
 
     Raises: VerificationError naming the field and the rule, never a value.
     """
-    value: Any = parse_canonical_json(leaf, "the ledger entry")
     try:
-        entry = _ENTRIES.validate_python(value)
+        entry = _ENTRIES.validate_python(json.loads(leaf))
+        # Only the canonical form of just these fields comes out the same.
         same = encode(entry) == leaf
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -363,8 +364,11 @@ def decode(leaf: bytes) -> Entry:
         raise VerificationError("ledger.entry", f"{where}: {first['msg']}") from error
     except UsageError as error:
         raise VerificationError("ledger.entry", error.problem) from error
+    except (ValueError, RecursionError) as error:
+        raise VerificationError("ledger.entry", "the ledger entry is not JSON") from error
     if not same:
-        raise VerificationError("ledger.entry", "a field of the ledger entry is missing or has another type")
+        problem = "the ledger entry is not in canonical form, or a field is missing or has another type"
+        raise VerificationError("ledger.entry", problem)
     return entry
 
 

@@ -95,6 +95,31 @@ def test_policy_changes_are_recorded(federation: Federation) -> None:
     assert [change.after.coordinators for change in changes] == [*[(federation.coordinator,)] * 2, ()]
 
 
+@pytest.mark.parametrize("what", ["denial", "policy"])
+def test_what_is_decided_just_before_the_charge_counts(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Between the checks of a round and the ledger's lock: an auditor would find the charge unapproved."""
+    manifest = federation.manifest()
+    federation.decide(1, manifest)
+    guard = federation.guard(1)
+    append_if = guard._ledger.append_if
+
+    def decided_first(decide: Any) -> int:
+        if "PolicyChange" not in str(decide.__annotations__["return"]):
+            if what == "denial":
+                federation.decide(1, manifest, "denied")
+            else:
+                federation.edit_policy(1, register={"epsilon_t": 2.0})
+                federation.guard(1).close()
+        return append_if(decide)
+
+    monkeypatch.setattr(guard._ledger, "append_if", decided_first)
+    refused(lambda: guard.charge(manifest, check(manifest, None), 1), RefusedError, "guard.decided")
+    guard.close()
+    assert not any(isinstance(entry, Charge) for entry in federation.entries(1))
+
+
 def test_another_register_id_is_refused(federation: Federation, guard: Guard) -> None:
     manifest = federation.manifest()
     admitted = check(manifest, None)

@@ -1,0 +1,296 @@
+"""What a ledger says that its owner did, held against the studies that it names: all can be recomputed.
+
+Source: PRIVACY "Registers, budget, filter", "Event fields"; PROTOCOL I8, I12, "Hub invariants". Rules: a
+charge is exactly the event that the approved manifest gives; the caps are the policy's, and never above those
+with which the register was opened; each rule returns the first problem with its entry, or an empty text.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+from common.audit.party import Party
+from common.audit.trust import Trust
+from common.ledger.entries import (
+    Approval,
+    Charge,
+    Completed,
+    Membership,
+    Opened,
+    Outcome,
+    PolicyChange,
+    Rules,
+    Submission,
+)
+from common.privacy.events import Event
+from common.privacy.filter import Cap, admits
+from common.study import NoDifferentialPrivacy
+
+_NO_ID: Final = "0" * 32
+
+
+def studied(charge: Charge) -> str:
+    """The manifest digest that a charge names, in hex."""
+    return str(charge.event.get("manifest_digest", ""))
+
+
+def charges(party: Party) -> Iterator[Charge]:
+    """The charges of a ledger, in order."""
+    return (entry for entry in party.entries if isinstance(entry, Charge))
+
+
+def computed(party: Party) -> list[Charge]:
+    """The charges without those that a restore made, for rounds that nothing is known of."""
+    reserved = _reserved(party)
+    return [charge for charge in charges(party) if charge.event_id not in reserved]
+
+
+def _reserved(party: Party) -> set[str]:
+    restored = (e for e in party.entries if isinstance(e, Outcome) and e.reason == "site_restored")
+    return {outcome.event_id for outcome in restored if outcome.ctx is None}
+
+
+# -- hospitals ---------------------------------------------------------------------------------------------
+
+
+def register(party: Party) -> str:
+    """One register, opened before everything else: another one would begin at nothing spent."""
+    opened = [entry.seq for entry in party.entries if isinstance(entry, Opened)]
+    if opened[:1] != [0]:
+        return "the ledger does not begin with the opening of its register"
+    return f"entry {opened[1]} opens a second register, which begins at nothing spent" if opened[1:] else ""
+
+
+def approvals(party: Party) -> str:
+    """Nothing was approved that had expired."""
+    for entry in party.entries:
+        if isinstance(entry, Approval) and entry.decision == "approved" and entry.manifest in party.studies:
+            expires = party.studies[entry.manifest][0].study.expires
+            # As for charges: the clock is read for the study before the ledger takes its own time.
+            if entry.time > expires:
+                return f"entry {entry.seq} approves a study at {entry.time} that expired at {expires}"
+    return ""
+
+
+def approved_before_charged(party: Party) -> str:
+    """The latest decision on a study before each of its charges is a yes."""
+    decisions: dict[str, str] = {}
+    for entry in party.entries:
+        if isinstance(entry, Approval):
+            decisions[entry.manifest] = entry.decision
+        elif isinstance(entry, Charge) and decisions.get(studied(entry)) != "approved":
+            return f"entry {entry.seq} charges study {studied(entry)[:12]}, which was not approved then"
+    return ""
+
+
+def as_planned(party: Party) -> str:
+    """Every charge is what its manifest gives for that round, once a round."""
+    charged: set[tuple[str, int]] = set()
+    planned = {name: event.to_fields() for name, event in _planned(party).items()}
+    for entry in charges(party):
+        name = studied(entry)
+        if name not in planned:
+            return f"entry {entry.seq} charges study {name[:12]}, which is not there or cannot be run"
+        study, fields = party.studies[name][0].study, entry.event
+        own = {key: fields.get(key, "") for key in ("event_id", "register_id", "round")}
+        expected = planned[name] | own
+        if fields != expected:
+            wrong = sorted(key for key in {*fields, *expected} if fields.get(key) != expected.get(key))
+            return f"entry {entry.seq}: {', '.join(wrong)} of the event is not what the study gives"
+        number = fields["round"]
+        if type(number) is not int or not 1 <= number <= study.aggregation.rounds_max:
+            return f"entry {entry.seq} charges a round that study {name[:12]} does not have"
+        if (name, number) in charged:
+            return f"entry {entry.seq} charges round {number} of study {name[:12]} a second time"
+        if entry.time > study.expires:
+            return f"entry {entry.seq} charges study {name[:12]} after it expired"
+        charged.add((name, number))
+    return ""
+
+
+def _planned(party: Party) -> Mapping[str, Event]:
+    """What each study charges for its first round: other rounds differ in the ids and their number alone."""
+    admitted = {name: study[2] for name, study in party.studies.items()}
+    return {name: a.event(_NO_ID, 1, 1, _NO_ID) for name, a in admitted.items() if a is not None}
+
+
+def caps(party: Party) -> str:
+    """The filter would have admitted every charge under the caps that were in force for it."""
+    opened = next((entry for entry in party.entries if isinstance(entry, Opened)), None)
+    if opened is None:
+        return "no register was opened"
+    mine, force, reserved = list[Charge](), list[Cap](), _reserved(party)
+    now = limit = _cap(opened)
+    for entry in party.entries:
+        if isinstance(entry, PolicyChange):
+            now = _cap(entry.after)
+        elif isinstance(entry, Charge) and entry.register_id == opened.register_id:
+            # A restore charges what may have been spent, whatever the policy has said since.
+            force.append(limit if entry.event_id in reserved else now)
+            mine.append(entry)
+            if _raised(force[-1], limit):
+                return f"entry {entry.seq} is charged under caps above those of the register"
+    history = list(_events(party, mine))
+    closed = next((at for at, event in enumerate(history) if event.kind == "no_dp"), len(history))
+    for entry, event in zip(mine[closed:], history[closed:], strict=True):
+        if event.kind != "no_dp":
+            return f"entry {entry.seq} charges a register that a study without privacy had closed"
+
+    def over(at: int, cap: Cap) -> bool:
+        return not admits(history[:at], history[at], cap).admitted
+
+    # What was spent only grows: where the last charge under a cap fits it, those before it did.
+    last = {cap: at for at, cap in enumerate(force[:closed])}
+    wrong = [mine[_first(cap, force, over)].seq for cap, at in last.items() if over(at, cap)]
+    return f"entry {min(wrong)} charges more than the caps in force admit" if wrong else ""
+
+
+def _cap(said: Opened | Rules) -> Cap:
+    epsilon_w = None if said.epsilon_w is None else float(said.epsilon_w)
+    return Cap(float(said.epsilon_t), epsilon_w, float(said.delta))
+
+
+def _raised(cap: Cap, opened: Cap) -> bool:
+    higher = cap.epsilon_t > opened.epsilon_t or (cap.epsilon_w or 0.0) > (opened.epsilon_w or 0.0)
+    return higher or cap.delta != opened.delta
+
+
+def _first(cap: Cap, force: list[Cap], over: Callable[[int, Cap], bool]) -> int:
+    """The first charge under a cap that does not fit it, where there is one."""
+    under = [at for at, found in enumerate(force) if found == cap]
+    return under[bisect_left(under, True, key=lambda at: over(at, cap))]
+
+
+def policy(party: Party) -> str:
+    """Every charge is of a study that the policy allowed then, as far as the ledger says what it was."""
+    rules: Rules | None = None
+    reserved = _reserved(party)
+    for entry in party.entries:
+        if isinstance(entry, PolicyChange):
+            rules = entry.after
+        elif (
+            isinstance(entry, Charge)
+            and rules is not None
+            and entry.event_id not in reserved
+            and studied(entry) in party.studies
+        ):
+            manifest = party.studies[studied(entry)][0]
+            aggregation = manifest.study.aggregation
+            private = not isinstance(manifest.study.privacy, NoDifferentialPrivacy)
+            allowed = manifest.coordinator in rules.coordinators
+            allowed = allowed and (private or rules.without_differential_privacy)
+            allowed = allowed and aggregation.minimum_hospitals >= rules.minimum_hospitals
+            if not allowed or aggregation.deadline_s > 60 * rules.max_round_minutes:
+                return (
+                    f"entry {entry.seq} charges study {studied(entry)[:12]}, which the policy did not allow"
+                )
+    return ""
+
+
+def _events(party: Party, entries: list[Charge]) -> Iterator[Event]:
+    """The charges as events; a copy of the study's is a hundred times cheaper than reading one anew."""
+    planned = _planned(party)
+    fields = {name: event.to_fields() for name, event in planned.items()}
+    for entry in entries:
+        name = studied(entry)
+        own = {key: entry.event.get(key, "") for key in ("event_id", "register_id", "round")}
+        if name in planned and entry.event == fields[name] | own:
+            yield planned[name].model_copy(update=own)
+        else:
+            yield Event.from_fields(entry.event)
+
+
+def outcomes(party: Party) -> str:
+    """A result came back only of an upload that was recorded before its first byte left."""
+    started: set[tuple[str, str | None]] = set()
+    for entry in party.entries:
+        if not isinstance(entry, Outcome):
+            continue
+        if (entry.state == "released") != (entry.ctx is not None):
+            return f"entry {entry.seq} says that a result left without naming it, or the reverse"
+        if entry.reason == "upload_started":
+            started.add((entry.event_id, entry.ctx))
+        elif entry.reason == "completed" and (entry.event_id, entry.ctx) not in started:
+            return f"entry {entry.seq} completes a round of which no upload is recorded"
+    return ""
+
+
+def same_hospitals(party: Party) -> str:
+    """Without differential privacy every round has all members, and every study the same ones (I12)."""
+    first: set[int] = set()
+    for seq, name, cohort in _without_privacy(party):
+        members = {member.id for member in party.studies[name][0].members}
+        minimum = party.studies[name][0].study.aggregation.minimum_hospitals
+        if cohort != members or minimum != len(members) or (first and party.id and members != first):
+            return f"entry {seq}: without differential privacy the hospitals must be all, and always the same"
+        first = members
+    return ""
+
+
+def _without_privacy(party: Party) -> Iterator[tuple[int, str, set[int]]]:
+    for entry in party.entries:
+        if not isinstance(entry, Charge | Completed):
+            continue
+        name = studied(entry) if isinstance(entry, Charge) else entry.manifest
+        if name in party.studies and isinstance(party.studies[name][0].study.privacy, NoDifferentialPrivacy):
+            members = {member.id for member in party.studies[name][0].members}
+            yield entry.seq, name, set(entry.cohort) if isinstance(entry, Completed) else members
+
+
+# -- the hub -----------------------------------------------------------------------------------------------
+
+
+def memberships(party: Party, trust: Trust) -> str:
+    """Every trusted hospital was admitted with its fingerprint."""
+    admitted = admitted_fingerprints(party)
+    for member in trust.roster.members:
+        if admitted.get(member.id) != member.fingerprint:
+            return f"the ledger does not say that {member.name} was admitted, or with other keys"
+    return ""
+
+
+def admitted_fingerprints(hub: Party) -> Mapping[int, str]:
+    """The fingerprint of every hospital that the hub's ledger says was ever admitted, by id."""
+    return {
+        entry.id: entry.fingerprint
+        for entry in hub.entries
+        if isinstance(entry, Membership) and entry.decision == "admitted"
+    }
+
+
+def completions(party: Party) -> str:
+    """Studies were submitted by their own coordinators; sums were opened over cohorts that they allow."""
+    last: dict[str, int] = {}
+    for entry in party.entries:
+        if not isinstance(entry, Submission | Completed) or entry.manifest not in party.studies:
+            continue
+        manifest = party.studies[entry.manifest][0]
+        if isinstance(entry, Submission):
+            if entry.coordinator != manifest.coordinator:
+                return f"entry {entry.seq} names another coordinator than signed the study"
+            continue
+        rules = manifest.study.aggregation
+        allowed = {member.id for member in manifest.members}
+        if not set(entry.cohort) <= allowed or len(entry.cohort) < rules.minimum_hospitals:
+            return f"entry {entry.seq} opens a sum over hospitals that the study does not allow"
+        follows = last.get(entry.manifest, 0) < entry.round <= rules.rounds_max
+        if not follows or entry.attempt > rules.attempts:
+            return f"entry {entry.seq} completes a round or attempt that the study does not have"
+        last[entry.manifest] = entry.round
+    return ""
+
+
+SITE_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
+    ("register", "one register, opened by the first entry", register),
+    ("approvals", "no study was approved after it had expired", approvals),
+    ("approval-before-charge", "every charge follows an approval in force", approved_before_charged),
+    ("charges", "every charge is what its study gives, once a round", as_planned),
+    ("caps", "the filter admits every charge under the caps in force", caps),
+    ("policy", "every charge is of a study that the policy in force allows", policy),
+    ("outcomes", "every result follows the record of its upload", outcomes),
+    ("same-hospitals", "without differential privacy, always all and the same hospitals", same_hospitals),
+)
+HUB_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
+    ("completions", "every sum was opened over hospitals that its study allows", completions),
+    ("same-hospitals", "without differential privacy, always all of the hospitals", same_hospitals),
+)
