@@ -1,10 +1,12 @@
 """What a person reads before approving a study, and the local checks that come with it.
 
 Source: PRIVACY "What else may cross the wire" (a person's decision is the one declared release); PROTOCOL
-"A hospital itself refuses" (approval prints n, t, rho, m, n-m). Rules: everything here stays at the
-hospital; no value of a record is shown or kept.
+"A hospital itself refuses" (approval prints n, t, rho, m, n-m), "Roster". Rules: everything here stays at
+the hospital; no value of a record is shown or kept; a study that was approved here before under the same name
+is shown as what has changed since.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +18,49 @@ from client.studies import StudyFolder
 from common.admissible import Admitted
 from common.errors import ContractError
 from common.identity import fingerprint, key_bytes, read_secret
+from common.ledger.entries import Approval
+from common.ledger.store import Ledger
 from common.privacy.filter import odometer
 from common.roster import Roster
 from common.study import DifferentialPrivacy, Manifest
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """What differs from the version approved last; ``old`` or ``new`` is None where it is absent.
+
+    ``path`` is a field of the study; "roster" with the two digests; "roster[NAME]" with that hospital's
+    fingerprints.
+    """
+
+    path: str
+    old: object
+    new: object
+
+    def __str__(self) -> str:
+        both = (value if isinstance(value, list) else [value] for value in (self.old, self.new))
+        old, new = (", ".join(str(item) for item in value if item is not None) or "none" for value in both)
+        if not self.path.startswith("roster"):
+            return f"{self.path}: {old} -> {new}"
+        if self.old is None or self.new is None:
+            return f"{self.path} was removed" if self.new is None else f"{self.path} was added: {new}"
+        return f"{self.path} changed: {old} -> {new}"
+
+
+@dataclass(frozen=True, slots=True)
 class Review:
-    """One received study as this hospital sees it."""
+    """One received study as this hospital sees it.
+
+    ``earlier`` is the digest of the version approved last, empty for none; ``changes`` are those since it.
+    """
 
     digest: str
     manifest: Manifest
     roster: Roster
     admitted: Admitted
     source: DataSource
+    earlier: str
+    changes: tuple[Change, ...]
     new_fingerprints: dict[str, str]
     rounds_left: int | None
     planned_epsilon: float
@@ -67,6 +98,8 @@ class Review:
             "largest_epsilon": self.largest_epsilon,
             "rounds_left": self.rounds_left,
             "new_fingerprints": self.new_fingerprints,
+            "earlier": self.earlier,
+            "changes": [{"path": c.path, "old": c.old, "new": c.new} for c in self.changes],
         }
 
     def text(self) -> str:
@@ -92,6 +125,10 @@ class Review:
                 f"at most {self.largest_epsilon:.4f}"
             )
             lines.append(f"budget       the register could pay {self.rounds_left} such rounds")
+            if study.privacy.arithmetic == "f32_assumed":
+                lines.append(
+                    "note         f32_assumed: assumes that float32 sums err by at most clip_norm / 1000"
+                )
         else:
             lines.insert(0, "WITHOUT DIFFERENTIAL PRIVACY: this register's epsilon becomes infinite for ever")
         if aggregation.rollbacks == 0:
@@ -102,6 +139,9 @@ class Review:
             f"compare      {name}: {text}  (by telephone; approving accepts it)"
             for name, text in self.new_fingerprints.items()
         )
+        if self.earlier:
+            lines.append(f"since        {self.earlier}, approved here before:")
+            lines.extend([f"  {change}" for change in self.changes] or ["  no changes"])
         return "\n".join(lines)
 
 
@@ -133,16 +173,47 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
     private = isinstance(manifest.study.privacy, DifferentialPrivacy)
     # Every round costs the same, whatever its number.
     event, delta = guard.plan(admitted, 1), guard.cap.delta
+    # Before anything is shown: a changed key of a hospital that is pinned here is refused.
+    new_fingerprints = dict(guard.unpinned(manifest, roster))
+    earlier = _approved_last(site, guard, manifest)
     return Review(
         digest=digest,
         manifest=manifest,
         roster=roster,
         admitted=admitted,
         source=guard.source(manifest),
-        new_fingerprints=dict(guard.unpinned(manifest, roster)),
+        earlier=earlier[0].digest.hex() if earlier else "",
+        changes=tuple(changes(*earlier, manifest, roster)) if earlier else (),
+        new_fingerprints=new_fingerprints,
         rounds_left=guard.rounds_left(manifest, admitted) if private else None,
         planned_epsilon=odometer([event] * manifest.study.training.rounds, delta, "t"),
         largest_epsilon=odometer([event] * manifest.study.aggregation.rounds_max, delta, "t"),
         guard=guard,
         split_key=guard.split_key(read_secret(site.split_secret), manifest.digest),
     )
+
+
+def _approved_last(site: SiteHome, guard: Guard, manifest: Manifest) -> tuple[Manifest, Roster] | None:
+    """The version of a study - by name and coordinator - that was approved here last, but for itself."""
+    with Ledger.open(site.ledger) as ledger:
+        said = [entry for entry in ledger.entries() if isinstance(entry, Approval)]
+    for entry in reversed(said):
+        if entry.decision != "approved" or not site.study(entry.manifest).exists():
+            continue
+        earlier, roster = offered(site, guard, entry.manifest)
+        if (earlier.coordinator, earlier.study.name) == (manifest.coordinator, manifest.study.name):
+            return None if earlier == manifest else (earlier, roster)
+    return None
+
+
+def changes(old: Manifest, old_roster: Roster, new: Manifest, new_roster: Roster) -> Iterator[Change]:
+    """What a person must see of a new version of a study: its fields, and which hospitals or keys differ."""
+    for path, was, now in old.diff(new):
+        if path.startswith("study."):
+            yield Change(path.removeprefix("study."), was, now)
+    if old_roster.digest != new_roster.digest:
+        yield Change("roster", old_roster.digest.hex(), new_roster.digest.hex())
+    before, after = ({m.name: m.fingerprint for m in roster.members} for roster in (old_roster, new_roster))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            yield Change(f"roster[{name}]", before.get(name), after.get(name))

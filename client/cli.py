@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from client.approval import offered, review, summary
+from client.backup import Closing, check_empty, pack, read_backup
+from client.evidence import collect
 from client.guard import Guard
 from client.identity import SiteIdentity, create_site
 from client.settings import SiteSettings, load
-from client.state import SiteHome
+from client.state import SiteHome, write_durable
 from client.studies import StudyFolder
 from common.console import JsonFlag, Outcome, command, log_to_stderr
 from common.errors import RefusedError, UsageError
@@ -29,6 +31,8 @@ app = typer.Typer(
 SiteFolder = Annotated[Path, typer.Option("--home", help="The site's folder.", file_okay=False)]
 By = Annotated[str, typer.Option(help="Who decides; written into the ledger with the reason.")]
 Reason = Annotated[str, typer.Option(help="Why; it is written into the ledger.")]
+Out = Annotated[Path, typer.Option(help="The file to write; it must not exist yet.", dir_okay=False)]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")]
 
 
 def _now() -> datetime:
@@ -66,7 +70,7 @@ def approve(
     deny: Annotated[bool, typer.Option("--deny", help="Deny instead.")] = False,
     reason: Reason = "",
     by: By = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")] = False,
+    yes: Yes = False,
     new_fingerprints: Annotated[
         bool,
         typer.Option(
@@ -234,3 +238,84 @@ def budget(home: SiteFolder, as_json: JsonFlag = False) -> Outcome:
         f"  all other hospitals do   epsilon {spent.epsilon_w:.4f} of {cap.epsilon_w:g}"
     )
     return Outcome(text, data)
+
+
+@app.command()
+@command
+def evidence(home: SiteFolder, out: Out, as_json: JsonFlag = False) -> Outcome:
+    """Write the ledger and the studies that it names into one file, for an auditor."""
+    site = SiteHome(home)
+    load(site.settings, SiteSettings)
+    found = collect(site, _now())
+    # Open to others: there is nothing in it that an auditor, or the other hospitals, may not read.
+    _write(out, found.to_bytes(), 0o644)
+    text = (
+        f"evidence written to {out}: {len(found.leaves)} ledger entries, {len(found.studies)} studies\n"
+        "  anyone can check it: wardround audit verify"
+    )
+    return Outcome(text, {"evidence": str(out), "entries": len(found.leaves), "studies": len(found.studies)})
+
+
+@app.command()
+@command
+def backup(home: SiteFolder, out: Out, as_json: JsonFlag = False) -> Outcome:
+    """Write keys, settings, ledger and studies into one file; also while the agent runs."""
+    found = pack(SiteHome(home), _now())
+    _write(out, found.to_bytes(), 0o600)
+    text = (
+        f"backup written to {out}: {len(found.files)} files, {found.head.size} ledger entries\n"
+        "  it holds this site's private keys: keep it as you would keep them, apart from this machine\n"
+        "  a site restored from it can show and prove its past, but its budget is closed"
+    )
+    return Outcome(text, {"backup": str(out), "files": len(found.files), "entries": found.head.size})
+
+
+@app.command()
+@command
+def restore(
+    backup_file: Annotated[Path, typer.Argument(metavar="BACKUP", help="What 'site backup' wrote.")],
+    home: SiteFolder,
+    by: By = "",
+    reason: Reason = "",
+    yes: Yes = False,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Make a lost site's folder again, closed: what the backup lacks may have been spent."""
+    site, words = SiteHome(home), _words(by, reason or "restored")
+    check_empty(site)
+    found, now = read_backup(backup_file), _now()
+    closing = found.plan(now)
+    text = (
+        f"{found.name}, backed up at {found.time} with {found.head.size} ledger entries\n{_closed(closing)}"
+    )
+    if not yes and (as_json or not typer.confirm(f"{text}\n\nRestore it into {home}?")):
+        raise UsageError("site.not-confirmed", "nothing was written", remedy="Answer yes, or give --yes.")
+    closing = found.restore(site, words, now)
+    data = {"name": found.name, "time": found.time, "entries": found.head.size, "reserved": closing.rounds}
+    shown = text + "\n\n" if yes else ""
+    return Outcome(f"{shown}restored: the site in {home}, closed", {**data, "charged": closing.charged})
+
+
+def _closed(closing: Closing) -> str:
+    """What a restore means, in words for the person who decides on it."""
+    counts = (f"{count} of study {digest[:12]}" for digest, count in closing.rounds.items())
+    rounds = ", ".join(counts) or "none"
+    charged = "are charged now" if closing.charged else "cannot be charged: the site was paused or closed"
+    return (
+        f"  rounds that may have been computed since then and {charged}: {rounds}\n"
+        "  its register is closed: this site takes part in no round any more, until it is re-keyed as fully\n"
+        "  spent or two people sign an override; this version offers neither\n"
+        "  budget, evidence and what was approved stay readable; never run the old folder beside this one"
+    )
+
+
+def _write(out: Path, data: bytes, mode: int) -> None:
+    """Write a file that is kept: never over another one. Raises UsageError."""
+    remedy = "Choose a new name in a folder where this account may write."
+    if out.exists():
+        raise UsageError("output.file", f"{out} exists already", remedy=remedy)
+    try:
+        write_durable(out, data, mode)
+    except OSError as error:
+        problem = f"{out} cannot be written: {error.strerror}"
+        raise UsageError("output.file", problem, remedy=remedy) from error

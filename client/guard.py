@@ -32,6 +32,7 @@ from common.ledger.entries import (
     OutcomeReason,
     Pause,
     PolicyChange,
+    Restored,
     Rules,
 )
 from common.ledger.store import Ledger
@@ -215,10 +216,14 @@ class Guard:
         """Refuse what the register cannot pay, before anything changes.
 
         Raises: BudgetExhaustedError saying how many such rounds are left; RefusedError without DP for others
-        than the members of the first such study.
+        than the members of the first such study, and for a site that was restored from a backup.
         """
         event = self.plan(admitted, round_number)
         entries = self._ledger.entries()
+        if _last(entries, Restored) is not None:
+            problem = "this site was restored from a backup: its register is closed for every study"
+            remedy = "Make a new site with 'wardround site init' and have it admitted."
+            raise RefusedError("guard.restored", problem, remedy=remedy)
         cap, history = self._cap(entries, self.policy), self._charged(entries)
         self._check_no_dp_members(manifest, history)
         if event.kind == "no_dp":

@@ -12,6 +12,7 @@ from datetime import datetime
 from common import identity
 from common.audit.evidence import Evidence
 from common.audit.trust import Trust
+from common.ledger.notes import open_note, origin_of, read_checkpoint
 from common.ledger.store import Ledger
 from common.roster import SignedRoster
 from common.run import study_document
@@ -45,7 +46,9 @@ def collect(home: HubHome, now: datetime) -> Evidence:
         studies = {row.digest: _document(store.study(row.digest)) for row in store.studies()}
         heads = store.heads()
     with closing(Ledger.open(home.ledger)) as ledger:
-        leaves, head = ledger.leaves(), ledger.checkpoint(signed.hub_key)
+        head = ledger.checkpoint(signed.hub_key)
+        size = read_checkpoint(open_note(head, origin_of(signed.hub_key), signed.hub_key)).size
+        leaves = ledger.leaves()[:size]
     return Evidence(
         party=HUB,
         name=NAME,

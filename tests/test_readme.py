@@ -132,6 +132,18 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     assert "3 charges" in newcomer.run("site budget")
     newcomer.run("site pause")
     newcomer.run("site resume")
+    newcomer.run("site evidence")
+    newcomer.run("site backup")
+    newcomer.run("site restore", "--yes")
+    newcomer.run("hub roster")
+    newcomer.run("hub evidence")
+    assert "checks hold" in newcomer.run("audit verify")
+    newcomer.run("audit report")
+    assert "</html>" in (folder / "report.html").read_text()
+    assert "St. Mary" in newcomer.run("audit budgets")
+    assert "charge" in newcomer.run("audit log")
+    newcomer.run("audit prove")
+    assert "nothing that was there has changed" in newcomer.run("audit diff")
     assert newcomer.left == []
 
     (block,) = blocks("python")

@@ -6,17 +6,13 @@ believed here: common.audit.verify does that, against keys from elsewhere.
 """
 
 import base64
-import io
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from common import identity
+from common import archive, identity
 from common.encoding import canonical_json, parse_canonical_json
 from common.errors import UsageError, VerificationError
 from common.roster import SignedRoster
@@ -26,17 +22,9 @@ FACTS: Final = "evidence.json"
 LEAVES: Final = "ledger.jsonl"
 HEAD: Final = "ledger.head"
 HEADS: Final = "heads.json"
-MAX_FILES: Final = 10_000
-MAX_TOTAL_BYTES: Final = 1 << 30
 
 _STUDY: Final = re.compile(r"studies/([0-9a-f]{64})\.study")
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
-_METHODS: Final = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_UNSOUND: Final = (
-    *(zipfile.BadZipFile, zlib.error, struct.error),
-    *(EOFError, NotImplementedError, RuntimeError, OSError, ValueError),
-)
-_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +71,7 @@ class Evidence:
             HEADS: self.heads,
             **{f"studies/{digest}.study": data for digest, data in sorted(self.studies.items())},
         }
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in files.items():
-                archive.writestr(zipfile.ZipInfo(name, _EPOCH), data, zipfile.ZIP_DEFLATED)
-        return buffer.getvalue()
+        return archive.pack(files)
 
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> "Evidence":
@@ -97,7 +81,10 @@ class Evidence:
         bounds, before anything is unpacked.
         Raises: VerificationError.
         """
-        files = _unpacked(data, what)
+        try:
+            files = archive.unpack(data, {FACTS, LEAVES, HEAD, HEADS}, _STUDY)
+        except VerificationError as error:
+            raise _refused(what, error.problem) from error
         facts: Any = parse_canonical_json(files.pop(FACTS), f"{FACTS} of {what}")
         leaves, head, heads = (files.pop(name) for name in (LEAVES, HEAD, HEADS))
         if leaves and not leaves.endswith(b"\n"):
@@ -130,33 +117,13 @@ class Evidence:
 def read_evidence(path: Path) -> Evidence:
     """Read an evidence file. Raises UsageError when it cannot be read, VerificationError when it is none."""
     try:
-        if path.stat().st_size > MAX_TOTAL_BYTES:
+        if path.stat().st_size > archive.MAX_TOTAL_BYTES:
             raise _refused(str(path), "it is larger than any evidence")
         data = path.read_bytes()
     except OSError as error:
         remedy = "Give the path of a file that 'wardround site evidence' or 'hub evidence' wrote."
         raise UsageError("audit.file", f"{path} cannot be read: {error.strerror}", remedy=remedy) from error
     return Evidence.from_bytes(data, str(path))
-
-
-def _unpacked(data: bytes, what: str) -> dict[str, bytes]:
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            infos = archive.infolist()
-            names = [info.filename for info in infos]
-            fixed = {FACTS, LEAVES, HEAD, HEADS}
-            if len(names) > MAX_FILES or len(set(names)) != len(names):
-                raise _refused(what, "a file in it is there twice, or there are too many")
-            if not fixed <= set(names) or not all(_STUDY.fullmatch(name) for name in set(names) - fixed):
-                raise _refused(what, "it does not hold exactly the files of evidence")
-            if not all(info.compress_type in _METHODS for info in infos):
-                raise _refused(what, "it is compressed in another way than evidence is")
-            if sum(info.file_size for info in infos) > MAX_TOTAL_BYTES:
-                raise _refused(what, "it would unpack to more than any evidence")
-            # zipfile reads no more than the stated size of a member, and checks its CRC.
-            return {info.filename: archive.read(info) for info in infos}
-    except _UNSOUND as error:
-        raise _refused(what, "it is not a sound zip file") from error
 
 
 def _refused(what: str, problem: str) -> VerificationError:

@@ -1,6 +1,7 @@
 """Transcripts of ``wardround site …``: what is printed, in text and JSON, and how each command ends."""
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.state import SiteHome
-from common.ledger.entries import Approval, Pause
+from common.audit.evidence import read_evidence
+from common.ledger.entries import Approval, Pause, Restored
+from common.ledger.store import Ledger
 from tests.client.federation import ADDRESS, Federation
 from tests.federation import extract_rows
 
@@ -333,6 +336,170 @@ def test_a_raised_cap_is_exit_3_and_a_broken_policy_exit_2(federation: Federatio
 def test_a_lost_ledger_is_exit_3(federation: Federation, home: Path) -> None:
     federation.sites[1].ledger.unlink()
     assert failure("budget", "--home", home, code=3)["code"] == "ledger.missing"
+
+
+# -- evidence, backup and restore ------------------------------------------------------------------------------
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_evidence_is_one_file_for_anyone(federation: Federation, home: Path, tmp_path: Path) -> None:
+    digest = federation.manifest()
+    federation.decide(1, digest)
+    out = tmp_path / "evidence.zip"
+    result = run("evidence", "--home", home, "--out", out)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"evidence written to {out}: {len(federation.entries(1))} ledger entries, 1 studies",
+        "  anyone can check it: wardround audit verify",
+    ]
+    assert mode(out) & 0o044
+    assert read_evidence(out).party == 1
+    other = tmp_path / "other.zip"
+    assert data("evidence", "--home", home, "--out", other) == {
+        "evidence": str(other),
+        "entries": len(federation.entries(1)),
+        "studies": 1,
+    }
+    # It works beside the agent.
+    with federation.sites[1].locked():
+        assert run("evidence", "--home", home, "--out", tmp_path / "third.zip").exit_code == 0
+
+
+def test_what_hinders_evidence_is_named(federation: Federation, home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evidence.zip"
+    command = ("evidence", "--home", home, "--out", out)
+    assert failure(*command, code=3)["code"] == "ledger.empty"
+    manifest = federation.manifest()
+    federation.decide(1, manifest)
+    study = federation.sites[1].study(manifest.digest.hex())
+    study.write_bytes(study.read_bytes()[:-1])
+    assert failure(*command, code=5)["code"] == "evidence.study"
+    study.unlink()
+    assert (
+        failure("evidence", "--home", home, "--out", tmp_path / "no" / "e.zip", code=2)["code"]
+        == "output.file"
+    )
+    ledger = federation.sites[1].ledger
+    assert failure("evidence", "--home", home, "--out", ledger, code=2)["code"] == "output.file"
+    assert not out.exists()
+    assert run(*command).exit_code == 0
+    assert failure(*command, code=2)["code"] == "output.file"
+    federation.sites[1].admission.unlink()
+    assert (
+        failure("evidence", "--home", home, "--out", tmp_path / "b.zip", code=3)["code"]
+        == "site.not-admitted"
+    )
+    assert (
+        failure("evidence", "--home", tmp_path, "--out", tmp_path / "b.zip", code=2)["code"]
+        == "settings.missing"
+    )
+    assert not (tmp_path / "b.zip").exists()
+
+
+def test_a_backup_says_what_it_holds(federation: Federation, home: Path, tmp_path: Path) -> None:
+    federation.decide(1, federation.manifest())
+    out = tmp_path / "backup.zip"
+    with federation.sites[1].locked():
+        result = run("backup", "--home", home, "--out", out)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"backup written to {out}: 11 files, {len(federation.entries(1))} ledger entries"
+    assert "private keys" in lines[1]
+    assert "budget is closed" in lines[2]
+    assert mode(out) == 0o600
+    other = tmp_path / "other.zip"
+    told = data("backup", "--home", home, "--out", other)
+    assert told == {"backup": str(other), "files": 11, "entries": len(federation.entries(1))}
+    assert mode(other) == 0o600
+    assert failure("backup", "--home", home, "--out", out, code=2)["code"] == "output.file"
+    assert (
+        failure("backup", "--home", tmp_path, "--out", tmp_path / "x", code=2)["code"] == "settings.missing"
+    )
+    federation.sites[1].ledger.unlink()
+    assert failure("backup", "--home", home, "--out", tmp_path / "x", code=3)["code"] == "ledger.missing"
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_person_restores_and_is_told_what_follows(
+    federation: Federation, home: Path, tmp_path: Path
+) -> None:
+    manifest = federation.manifest()
+    federation.decide(1, manifest)
+    file, new = tmp_path / "backup.zip", tmp_path / "new"
+    run("backup", "--home", home, "--out", file)
+    command = ("restore", file, "--home", new, "--by", "Dr. Roe", "--reason", "disk lost")
+    for answer in ("n\n", "\n", ""):
+        result = run(*command, answer=answer)
+        assert result.exit_code == (2 if answer else 1)
+        assert not new.exists()
+    envelope = data(*command, code=2, status="error")
+    assert envelope["code"] == "site.not-confirmed"
+    result = run(*command, answer="y\n")
+    assert result.exit_code == 0
+    for shown in (
+        "St. Mary, backed up at",
+        f"with {len(federation.entries(1))} ledger entries",
+        f"are charged now: 6 of study {manifest.digest.hex()[:12]}",
+        "its register is closed",
+        "two people sign an override",
+        f"Restore it into {new}? [y/N]",
+        f"restored: the site in {new}, closed",
+    ):
+        assert shown in result.stdout
+    with Ledger.open(SiteHome(new).ledger) as ledger:
+        last = ledger.entries()[-1]
+    assert isinstance(last, Restored)
+    assert last.reason == "Dr. Roe: disk lost"
+    # What is there can be shown: the budget with the reservation, and evidence.
+    assert data("budget", "--home", new)["charges"] == 6
+    assert run("evidence", "--home", new, "--out", tmp_path / "e.zip").exit_code == 0
+    assert failure(*command, "--yes", code=2)["code"] == "restore.folder"
+
+
+def test_a_script_restores_and_reads_json(federation: Federation, home: Path, tmp_path: Path) -> None:
+    manifest = federation.manifest()
+    federation.decide(1, manifest)
+    file = tmp_path / "backup.zip"
+    run("backup", "--home", home, "--out", file)
+    told = data("restore", file, "--home", tmp_path / "a", "--by", "Dr. Roe", "--yes")
+    assert told.pop("time").endswith("Z")
+    assert told == {
+        "name": "St. Mary",
+        "entries": len(federation.entries(1)),
+        "reserved": {manifest.digest.hex(): 6},
+        "charged": True,
+    }
+    run("pause", "--home", home, "--by", "Dr. Roe")
+    run("backup", "--home", home, "--out", tmp_path / "paused.zip")
+    result = run("restore", tmp_path / "paused.zip", "--home", tmp_path / "b", "--by", "Dr. Roe", "--yes")
+    assert result.exit_code == 0
+    assert "cannot be charged: the site was paused or closed: 6 of study" in result.stdout
+    assert data("budget", "--home", tmp_path / "b")["charges"] == 0
+
+
+def test_what_hinders_a_restore_is_named_and_changes_nothing(
+    federation: Federation, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation.guard(1).close()
+    file, new = tmp_path / "backup.zip", tmp_path / "new"
+    run("backup", "--home", home, "--out", file)
+    options = ("--home", new, "--by", "Dr. Roe", "--yes")
+    assert failure("restore", tmp_path / "none.zip", *options, code=2)["code"] == "restore.file"
+    assert failure("restore", home / "policy.toml", *options, code=5)["code"] == "restore.backup"
+    good = file.read_bytes()
+    file.write_bytes(good[:-100])
+    refusal = failure("restore", file, *options, code=5)
+    assert (refusal["code"], "nothing was written" in refusal["hint"]) == ("restore.backup", True)
+    file.write_bytes(good)
+    assert failure("restore", file, "--home", home, "--by", "t", "--yes", code=2)["code"] == "restore.folder"
+    assert failure("restore", file, "--home", new, "--by", "a\nb", "--yes", code=2)["code"] == "ledger.reason"
+    assert run("restore", file, "--home", file, "--by", "t", "--yes").exit_code == 2
+    monkeypatch.delenv("USER", raising=False)
+    assert failure("restore", file, "--home", new, "--yes", code=2)["code"] == "site.by"
+    assert not new.exists()
 
 
 def test_the_command_line_imports_neither_torch_nor_flower() -> None:

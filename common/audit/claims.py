@@ -1,0 +1,402 @@
+"""The facts of a report: each register's budget, each study's plan and course, each ledger's integrity.
+
+Source: PRIVACY "Registers, budget, filter", "What is reported"; notes/users.md section 3.4. Rules: whether
+the evidence is genuine is common.audit.verify's to say, and is said first; what was spent rounds up, what
+remains rounds down; the same evidence gives the same facts, and their time is the evidence's.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from common.audit.conduct import studied
+from common.audit.notices import Notice, notices
+from common.audit.party import Party, Study
+from common.audit.sheet import NOT_COVERED, Line, Planned, claim_sheet, register_lines, when
+from common.audit.spending import (
+    Costs,
+    Epsilons,
+    Hospital,
+    completions,
+    endings,
+    round_of,
+    studies_in_order,
+)
+from common.audit.trust import Trust
+from common.audit.verify import Verification
+from common.identity import fingerprint
+from common.ledger.entries import Ended, Submission
+from common.privacy.accountant import View
+from common.privacy.events import Event
+from common.privacy.filter import VIEWS, Cap, rounds_left
+from common.study import DifferentialPrivacy, Manifest
+from common.witness import HUB
+
+POINTS: Final = 32
+"""The course of a register's epsilon is computed after this many of its charges, at most."""
+UNKNOWN_DELTA: Final = "0.000001"
+"""The delta of a plan for which no hospital's register is in the evidence: the default of policies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One view of a register; ``cap`` in force; ``reserved`` is what rounds still chargeable would add."""
+
+    view: View
+    cap: float | None
+    spent: float
+    reserved: float
+    remaining: float
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The odometer after charge number ``charge``, from 1."""
+
+    charge: int
+    time: str
+    study: str
+    round: int
+    epsilon: Epsilons
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """A hospital's budget. ``more_rounds``: how many rounds like those of the study ``like`` the filter would
+    admit after the reserved ones, None where there was none yet."""
+
+    hospital: str
+    register_id: str
+    opened: str
+    delta: str
+    accounts: tuple[Account, ...]
+    charges: int
+    reserved_rounds: int
+    more_rounds: int | None
+    like: str
+    closed: bool
+    lines: tuple[Line, ...]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A person's decision, in their words."""
+
+    time: str
+    decision: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A study at one hospital: the decisions, the rounds charged and what came of them; times of the first
+    and the last charge."""
+
+    hospital: str
+    decisions: tuple[Decision, ...]
+    charged: tuple[int, ...]
+    completed: tuple[int, ...]
+    lost: tuple[int, ...]
+    first: str
+    last: str
+
+
+@dataclass(frozen=True, slots=True)
+class StudyFacts:
+    """One study; ``completed`` counts the hub's rounds, None without its evidence."""
+
+    digest: str
+    name: str
+    purpose: str
+    legal_basis: str
+    contact: str
+    permit: str
+    coordinator: str
+    columns: tuple[str, ...]
+    members: tuple[str, ...]
+    private: bool
+    submitted: str
+    expires: str
+    ended: str
+    status: str
+    rounds: int
+    rounds_max: int
+    completed: int | None
+    planned: tuple[Planned, ...]
+    courses: tuple[Course, ...]
+    sheet: tuple[Line, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerFacts:
+    """The integrity of one ledger; ``cosigned_size`` is that of its last head with cosignatures."""
+
+    party: str
+    time: str
+    version: str
+    size: int
+    root: str
+    signed_by: str
+    cosigned_size: int
+    cosigned_by: tuple[str, ...]
+    seen_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that a report shows. ``verdict`` is verified, failed or self-consistent only."""
+
+    verdict: str
+    hub: str
+    time: str
+    shown: tuple[str, ...]
+    missing: tuple[str, ...]
+    notices: tuple[Notice, ...]
+    registers: tuple[Register, ...]
+    studies: tuple[StudyFacts, ...]
+    ledgers: tuple[LedgerFacts, ...]
+    not_covered: tuple[str, ...] = NOT_COVERED
+
+
+def read_facts(verification: Verification, trust: Trust) -> Facts:
+    """The facts of evidence that ``verify`` has looked at, whether or not it passed.
+
+    Guarantee: a_report_is_determined_by_its_evidence - no clock, no order of files, nothing random.
+    """
+    parties = sorted(verification.parties, key=lambda party: party.id)
+    time = max((party.evidence.time for party in parties), default="")
+    costs, studies = Costs(), studies_in_order(parties)
+    hospitals = [Hospital(party, costs) for party in parties if party.id != HUB]
+    over = set(endings(parties)) | {
+        digest for digest, (manifest, _, _) in studies.items() if time >= manifest.study.expires
+    }
+    verdict = "failed"
+    if verification.passed:
+        verdict = "verified" if verification.trusted else "self-consistent only"
+    return Facts(
+        verdict=verdict,
+        hub=fingerprint(trust.hub_key),
+        time=time,
+        shown=tuple(party.name for party in parties),
+        missing=verification.missing,
+        notices=notices(verification, hospitals, studies),
+        registers=tuple(_register(hospital, studies, over, costs) for hospital in hospitals),
+        studies=_studies(parties, hospitals, studies, costs),
+        ledgers=tuple(_ledger(party, parties, trust) for party in parties),
+    )
+
+
+def _register(hospital: Hospital, studies: Mapping[str, Study], over: set[str], costs: Costs) -> Register:
+    cap, opened = hospital.cap_in_force, hospital.opened
+    delta = cap.delta if cap else math.nan
+    reserved = [] if hospital.restored else _reserved(hospital, studies, over, costs)
+    spent = costs.spent(hospital.events, delta)
+    scheduled = costs.spent([*hospital.events, *reserved], delta)
+    like, event = _last(hospital, studies, costs)
+    return Register(
+        hospital=hospital.name,
+        register_id=opened.register_id if opened else "",
+        opened=opened.time if opened else "",
+        delta=opened.delta if opened else "",
+        accounts=tuple(_account(view, cap, spent, scheduled) for view in VIEWS),
+        charges=len(hospital.charges),
+        reserved_rounds=len(reserved),
+        more_rounds=_more_rounds(hospital, event, cap, reserved) if like else None,
+        like=like,
+        closed=hospital.restored,
+        lines=register_lines(
+            hospital.cap,
+            opened.delta if opened else "",
+            spent,
+            costs.fixed(hospital.events, delta),
+            hospital.uploads,
+        ),
+        points=_points(hospital, studies, delta, costs),
+    )
+
+
+def _account(view: View, cap: Cap | None, spent: Epsilons, scheduled: Epsilons) -> Account:
+    limit = cap.epsilon(view) if cap else None
+    now, then = (epsilon.t if view == "t" else epsilon.w for epsilon in (spent, scheduled))
+    remaining = max(0.0, (limit or 0.0) - then)
+    return Account(view, limit, now, then - now if now < math.inf else 0.0, remaining)
+
+
+def _reserved(
+    hospital: Hospital, studies: Mapping[str, Study], over: set[str], costs: Costs
+) -> list[Event | None]:
+    """The rounds still chargeable of studies that are approved, unexpired and not known to have ended."""
+    rounds: list[Event | None] = []
+    for digest, (manifest, _, admitted) in studies.items():
+        if digest not in over and hospital.approves(digest):
+            left = manifest.study.aggregation.rounds_max - len(hospital.by_study.get(digest, ()))
+            rounds += [costs.planned(admitted) if admitted else None] * max(0, left)
+    return rounds
+
+
+def _last(hospital: Hospital, studies: Mapping[str, Study], costs: Costs) -> tuple[str, Event | None]:
+    """The study charged last, or else approved last, and a round of it; no name where there is none."""
+    if hospital.charges:
+        digest = studied(hospital.charges[-1])
+        return _name(digest, studies), hospital.events[-1]
+    for digest in reversed(hospital.decisions):
+        if hospital.approves(digest) and digest in studies:
+            admitted = studies[digest][2]
+            return _name(digest, studies), costs.planned(admitted) if admitted else None
+    return "", None
+
+
+def _more_rounds(
+    hospital: Hospital, event: Event | None, cap: Cap | None, reserved: Sequence[Event | None]
+) -> int:
+    history = [past for past in (*hospital.events, *reserved) if past is not None]
+    unknown = len(history) < len(hospital.events) + len(reserved)
+    if hospital.restored or unknown or cap is None or event is None or event.kind != "sum":
+        return 0
+    return rounds_left(history, event, cap)
+
+
+def _points(
+    hospital: Hospital, studies: Mapping[str, Study], delta: float, costs: Costs
+) -> tuple[Point, ...]:
+    charges = hospital.charges
+    last = len(charges) - 1
+    chosen: Sequence[int] = range(last + 1)
+    if last >= POINTS:
+        chosen = [i * last // (POINTS - 1) for i in range(POINTS)]
+    return tuple(
+        Point(
+            charge=at + 1,
+            time=charges[at].time,
+            study=_name(studied(charges[at]), studies),
+            round=round_of(charges[at]),
+            epsilon=costs.spent(hospital.events[: at + 1], delta),
+        )
+        for at in chosen
+    )
+
+
+def _name(digest: str, studies: Mapping[str, Study]) -> str:
+    return studies[digest][0].study.name if digest in studies else f"unknown {digest[:12]}"
+
+
+def _studies(
+    parties: Sequence[Party], hospitals: Sequence[Hospital], studies: Mapping[str, Study], costs: Costs
+) -> tuple[StudyFacts, ...]:
+    ended, completed = endings(parties), completions(parties)
+    hub = [entry for party in parties if party.id == HUB for entry in party.entries]
+    submitted = {entry.manifest: entry.time for entry in hub if isinstance(entry, Submission)}
+    return tuple(
+        _study(
+            digest,
+            study,
+            [hospital for hospital in hospitals if hospital.id in {party.id for party in study[0].members}],
+            costs,
+            submitted.get(digest, ""),
+            ended.get(digest),
+            len(completed.get(digest, ())) if hub else None,
+        )
+        for digest, study in studies.items()
+    )
+
+
+def _study(
+    digest: str,
+    found: Study,
+    hospitals: Sequence[Hospital],
+    costs: Costs,
+    submitted: str,
+    ended: Ended | None,
+    completed: int | None,
+) -> StudyFacts:
+    manifest, _, admitted = found
+    study = manifest.study
+    event = costs.planned(admitted) if admitted else None
+    planned = _planned(manifest, event, hospitals, costs)
+    courses = tuple(_course(digest, hospital) for hospital in hospitals)
+    approvals = [
+        f"{course.hospital}, {when(decision.time)}: {decision.words}"
+        for course in courses
+        for decision in course.decisions
+        if decision.decision == "approved"
+    ]
+    return StudyFacts(
+        digest=digest,
+        name=study.name,
+        purpose=study.purpose,
+        legal_basis=study.legal_basis,
+        contact=study.contact,
+        permit=study.permit,
+        coordinator=manifest.coordinator,
+        columns=tuple(study.contract.columns),
+        members=study.members,
+        private=isinstance(study.privacy, DifferentialPrivacy),
+        submitted=submitted,
+        expires=study.expires,
+        ended=ended.time if ended else "",
+        status=ended.status if ended else "",
+        rounds=study.training.rounds,
+        rounds_max=study.aggregation.rounds_max,
+        completed=completed,
+        planned=planned,
+        courses=courses,
+        sheet=claim_sheet(manifest, event, planned, approvals),
+    )
+
+
+def _planned(
+    manifest: Manifest, event: Event | None, hospitals: Sequence[Hospital], costs: Costs
+) -> tuple[Planned, ...]:
+    """The plan at each delta of the members' registers."""
+    deltas: dict[str, list[str]] = {}
+    for hospital in hospitals:
+        if hospital.opened is not None:
+            deltas.setdefault(hospital.opened.delta, []).append(hospital.name)
+    rounds = [event] * manifest.study.training.rounds
+    twice = [costs.present_twice(event) if event else None] * len(rounds)
+    return tuple(
+        Planned(
+            delta=delta,
+            hospitals=tuple(names),
+            epsilon=costs.fixed(rounds, float(delta)),
+            odometer=costs.spent(rounds, float(delta)),
+            two_hospitals=costs.spent(twice, float(delta)),
+            delta_ratio=float(delta) * manifest.study.training.patients_public,
+        )
+        for delta, names in (deltas or {UNKNOWN_DELTA: []}).items()
+    )
+
+
+def _course(digest: str, hospital: Hospital) -> Course:
+    charges = hospital.by_study.get(digest, [])
+    rounds = {done: [c for c in charges if hospital.completed(c) is done] for done in (True, False)}
+    return Course(
+        hospital=hospital.name,
+        decisions=tuple(
+            Decision(entry.time, entry.decision, entry.reason) for entry in hospital.decisions.get(digest, ())
+        ),
+        charged=tuple(map(round_of, charges)),
+        completed=tuple(map(round_of, rounds[True])),
+        lost=tuple(map(round_of, rounds[False])),
+        first=charges[0].time if charges else "",
+        last=charges[-1].time if charges else "",
+    )
+
+
+def _ledger(party: Party, parties: Sequence[Party], trust: Trust) -> LedgerFacts:
+    names = {HUB: "hub"} | {member.id: member.name for member in trust.roster.members}
+    offer = party.cosigned
+    checkpoint = party.checkpoint
+    return LedgerFacts(
+        party=party.name,
+        time=party.evidence.time,
+        version=party.evidence.version,
+        size=checkpoint.size if checkpoint else 0,
+        root=checkpoint.root.hex() if checkpoint else "",
+        signed_by=checkpoint.origin if checkpoint else "",
+        cosigned_size=offer.head.size if offer and offer.cosigns else 0,
+        cosigned_by=tuple(names.get(by, f"site {by}") for by in sorted(offer.cosigns)) if offer else (),
+        seen_by=tuple(other.name for other in parties if party.id in other.seen),
+    )

@@ -1,0 +1,257 @@
+"""``wardround audit …``: what an auditor runs, on files alone.
+
+Source: DESIGN "Three people, one program"; notes/users.md section 3.4. Rules: nothing here opens a connection
+or a private key, or imports torch or flwr; what was not verified is said; exit 5 unless everything is.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from common.audit import proofs
+from common.audit.claims import Facts, read_facts
+from common.audit.evidence import read_evidence
+from common.audit.party import read_entries
+from common.audit.report import render
+from common.audit.sheet import up
+from common.audit.trust import claimed, read_trust
+from common.audit.verify import Verification, verify
+from common.console import JsonFlag, Outcome, command
+from common.errors import RefusedError
+from common.identity import fingerprint
+from common.ledger.entries import (
+    Approval,
+    Charge,
+    Completed,
+    Ended,
+    Entry,
+    Membership,
+    Opened,
+    Pause,
+    PolicyChange,
+    Restored,
+    Submission,
+)
+from common.ledger.entries import (
+    Outcome as Ending,
+)
+
+app = typer.Typer(help="Verify evidence offline, report, see budgets.", no_args_is_help=True)
+
+TABLE_WIDTH = 118
+SELF_CONSISTENT = "self-consistent only: the keys come from the evidence itself"
+
+File = Annotated[Path, typer.Argument(help="Evidence of one party.")]
+Files = Annotated[list[Path], typer.Argument(help="Evidence, one file for each party.")]
+TrustOption = Annotated[
+    str, typer.Option("--trust", help="The hub's roster file, or its key's fingerprint, from elsewhere.")
+]
+
+
+def verified(files: Sequence[Path], trust: str) -> Verification:
+    """The verification of these files. Raises UsageError, VerificationError."""
+    evidences = [read_evidence(path) for path in files]
+    return verify(evidences, read_trust(trust, evidences) if trust else None)
+
+
+@app.command("verify")
+@command
+def verify_command(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) -> Outcome:
+    """Check evidence: each ledger, its studies, and what the parties say of each other."""
+    found = verified(files, trust)
+    failed = sum(not check.passed for check in found.checks)
+    width = max(len(check.party) for check in found.checks)
+    slug = max(len(check.name) for check in found.checks)
+    lines = [
+        f"{'ok  ' if check.passed else 'FAIL'}  {check.party:<{width}}  {check.name:<{slug}}  {check.detail}"
+        for check in found.checks
+    ]
+    if found.missing:
+        lines.append(f"no evidence was given of: {', '.join(found.missing)}")
+    code = "ok"
+    if failed:
+        code = "audit.failed"
+        lines.append(f"{failed} of {len(found.checks)} checks do not hold")
+    elif not found.trusted:
+        code = "audit.untrusted"
+        lines.append(SELF_CONSISTENT)
+    else:
+        lines.append(f"all {len(found.checks)} checks hold")
+    checks = [
+        {"party": c.party, "name": c.name, "passed": c.passed, "detail": c.detail} for c in found.checks
+    ]
+    data = {"trusted": found.trusted, "passed": not failed, "checks": checks, "missing": found.missing}
+    hint = (
+        "" if found.trusted else "Give --trust: what 'wardround hub roster' wrote, or the hub's fingerprint."
+    )
+    return Outcome("\n".join(lines), data, hint, 0 if code == "ok" else 5, code)
+
+
+@app.command()
+@command
+def log(file: File, as_json: JsonFlag = False) -> Outcome:
+    """What a ledger says, an entry a line; nothing is verified but that it can be read."""
+    evidence = read_evidence(file)
+    entries, problem = read_entries(evidence)
+    lines = [_line(entry, evidence.name) for entry in entries]
+    data = {"party": evidence.name, "entries": [entry.model_dump() for entry in entries], "problem": problem}
+    if problem:
+        lines.append(f"the ledger cannot be read further: {problem}")
+    return Outcome("\n".join(lines), data, "", 5 if problem else 0, "audit.leaves" if problem else "ok")
+
+
+@app.command()
+@command
+def prove(
+    file: File,
+    entry: Annotated[int, typer.Argument(help="The entry's number, as 'audit log' prints it.", min=0)],
+    out: Annotated[Path, typer.Option(help="The file to write: NAME.tlog-proof.", dir_okay=False)],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Write a proof that one entry is in the ledger, for somebody who is to see no other entry."""
+    evidence = read_evidence(file)
+    key = proofs.own_key(evidence)
+    proof = proofs.prove(evidence, entry, key)
+    try:
+        with out.open("x", encoding="utf-8", newline="\n") as written:
+            written.write(proof)
+    except OSError as error:
+        problem = f"{out} cannot be written: {error.strerror}"
+        raise RefusedError("audit.out", problem, remedy="Name a new file.") from error
+    origin = fingerprint(key)
+    data = {"file": str(out), "entry": entry, "party": evidence.name, "ledger_key": origin}
+    text = f"{out} shows entry {entry} of {evidence.name} to whoever trusts the ledger key {origin}"
+    return Outcome(text, data)
+
+
+@app.command()
+@command
+def diff(
+    old: Annotated[Path, typer.Argument(help="The older evidence of a party.")],
+    new: Annotated[Path, typer.Argument(help="The newer evidence of that party.")],
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """What a ledger has added since older evidence of it, and a proof that nothing else changed."""
+    before, after = read_evidence(old), read_evidence(new)
+    found = proofs.extension(before, after, proofs.own_key(before))
+    text = [_line(entry, after.name) for entry in found.entries]
+    text.append(f"from {found.old.size} entries to {found.new.size}: nothing that was there has changed")
+    data = {
+        "party": after.name,
+        "old": _head(found.old.size, found.old.root),
+        "new": _head(found.new.size, found.new.root),
+        "proof": [_text(part) for part in found.proof],
+        "entries": [entry.model_dump() for entry in found.entries],
+    }
+    return Outcome("\n".join(text), data)
+
+
+def _head(size: int, root: bytes) -> dict[str, Any]:
+    return {"size": size, "root": _text(root)}
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _line(entry: Entry, owner: str) -> str:
+    who, what = owner, _what(entry)
+    if isinstance(entry, Approval | Pause | Restored):
+        person, separator, words = entry.reason.partition(": ")
+        who, what = (person, f"{what}{words}") if separator else (owner, f"{what}{entry.reason}")
+    return f"{entry.seq:>6}  {entry.time}  {entry.type:<10}  {who}  {what}"
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _what(entry: Entry) -> str:
+    match entry:
+        case Opened():
+            other = "none" if entry.epsilon_w is None else entry.epsilon_w
+            caps = f"epsilon {entry.epsilon_t} (t collude), {other} (all do), delta {entry.delta}"
+            return f"register {entry.register_id[:12]}, {caps}"
+        case PolicyChange():
+            changed = entry.after.model_dump()
+            if entry.before is not None:
+                before = entry.before.model_dump()
+                changed = {name: value for name, value in changed.items() if value != before[name]}
+            return ", ".join(f"{name} {_words(value)}" for name, value in changed.items())
+        case Approval():
+            return f"{entry.decision} {entry.manifest[:12]}: "
+        case Pause():
+            return f"{entry.decision}: "
+        case Restored():
+            return ""
+        case Charge():
+            return f"round {entry.event.get('round')} of {str(entry.event.get('manifest_digest'))[:12]}"
+        case Ending():
+            return f"{entry.reason}, attempt {entry.attempt}, event {entry.event_id[:12]}"
+        case Membership():
+            return f"{entry.decision} {entry.id} {entry.name}, {entry.fingerprint}"
+        case Submission():
+            return f"study {entry.manifest[:12]}"
+        case Completed():
+            return f"round {entry.round} of {entry.manifest[:12]} over {', '.join(map(str, entry.cohort))}"
+        case Ended():
+            return f"{entry.status} {entry.manifest[:12]}"
+
+
+@app.command()
+@command
+def report(
+    files: Files,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.", dir_okay=False)],
+    trust: TrustOption = "",
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Write what the evidence says about privacy into one HTML file; it says first whether it verifies."""
+    facts = _facts(files, trust)
+    try:
+        with out.open("x", encoding="utf-8", newline="\n") as written:
+            written.write(render(facts))
+    except OSError as error:
+        problem = f"{out} cannot be written: {error.strerror}"
+        raise RefusedError("audit.out", problem, remedy="Name a new file.") from error
+    text = f"{out}: {facts.verdict}; studies: {len(facts.studies)}, exceptions: {len(facts.notices)}"
+    return _judged(facts, text, {"report": str(out), **asdict(facts)})
+
+
+@app.command()
+@command
+def budgets(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) -> Outcome:
+    """What each hospital's register has spent of its caps, and how many more rounds it could pay."""
+    facts = _facts(files, trust)
+    table = Table(
+        "hospital", "register", "epsilon_t / cap", "epsilon_w / cap", "delta", "charges", "more rounds"
+    )
+    for found in facts.registers:
+        spent = [f"{up(a.spent)} / {'none' if a.cap is None else format(a.cap, 'g')}" for a in found.accounts]
+        more = "" if found.more_rounds is None else f"{found.more_rounds} like {found.like}"
+        table.add_row(found.hospital, found.register_id[:12], *spent, found.delta, str(found.charges), more)
+    shown = io.StringIO()
+    Console(file=shown, width=TABLE_WIDTH).print(table)
+    missing = f"; no evidence was given of {', '.join(facts.missing)}" if facts.missing else ""
+    text = f"{shown.getvalue()}{facts.verdict}{missing}"
+    return _judged(facts, text, {"registers": [asdict(found) for found in facts.registers]})
+
+
+def _facts(files: Sequence[Path], trust: str) -> Facts:
+    evidences = [read_evidence(path) for path in files]
+    believed = read_trust(trust, evidences) if trust else None
+    return read_facts(verify(evidences, believed), believed or claimed(evidences))
+
+
+def _judged(facts: Facts, text: str, data: dict[str, Any]) -> Outcome:
+    """Exit 5 unless the evidence was verified against keys from elsewhere."""
+    code = {"verified": "ok", "failed": "audit.failed"}.get(facts.verdict, "audit.untrusted")
+    data |= {"verdict": facts.verdict, "missing": facts.missing}
+    return Outcome(text, data, "", 0 if code == "ok" else 5, code)
