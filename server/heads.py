@@ -63,6 +63,8 @@ class Heads:
 
         Asked again, with the proofs that were missing, when somebody remembers another size than expected.
         """
+        heads: dict[int, Head] = {}
+        cosigns: dict[int, dict[int, Cosign]] = {}
         for _ in range(TRIES):
             heads = self._heads(number, sites)
             cosigns, refused = self._cosigns(heads)
