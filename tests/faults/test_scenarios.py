@@ -1,16 +1,18 @@
 """What people and machines do in the middle of a study: one federation of four, one study, one thing after another.
 
-Order matters: a late site, a silent site, a silent hub, a pause, a withdrawal, and at last an abort.
+Order matters: a late site, a silent site, a silent hub, an older copy, a pause, a withdrawal, at last an abort.
 """
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from common.ledger.entries import Approval
+from common.ledger.entries import Approval, Charge
 from common.ledger.store import Ledger
 from server.desk import CoordinatorDesk
 from server.home import CoordinatorHome
@@ -141,6 +143,39 @@ def test_a_worker_that_starts_slowly_takes_part_in_the_end(run: Run) -> None:
     finally:
         over.set()
         slowing.join(5)
+
+
+def test_a_site_put_back_from_an_older_copy_is_charged_nothing(run: Run, tmp_path: Path) -> None:
+    """A snapshot of the whole machine: ledger, mark and run file agree, so only the others can know."""
+    folder = run.rig.sites[1].folder
+
+    def swapped(kept: str, used: str) -> None:
+        run.rig.kill_agent(2)
+        run.rig.agents[2].process.wait(10)
+        if kept:
+            shutil.copytree(folder, tmp_path / kept)
+        if used:
+            shutil.rmtree(folder)
+            shutil.copytree(tmp_path / used, folder)
+        run.rig.up()
+
+    swapped("older", "")
+    wait_for_cohort(run, [1, 2, 3, 4], "the site is not back")
+    swapped("newest", "older")
+    after, charged = len(run.completed()), charges(run, 2)
+    assert within(BACK_S, lambda: "entries of this ledger, but it has" in run.rig.log("site2")), run.why(
+        "unseen"
+    )
+    assert within(20, lambda: len(run.completed()) >= after + 3), run.why("the study stands still")
+    assert all(2 not in cohort for cohort in cohorts(run, after))
+    assert charges(run, 2) == charged
+    swapped("", "newest")
+    wait_for_cohort(run, [1, 2, 3, 4], "the site is not back with its newest ledger")
+
+
+def charges(run: Run, number: int) -> int:
+    with Ledger.open(run.rig.sites[number - 1].ledger) as ledger:
+        return sum(isinstance(entry, Charge) for entry in ledger.entries())
 
 
 def test_a_pause_in_the_middle_of_a_round(run: Run) -> None:
