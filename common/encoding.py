@@ -1,10 +1,11 @@
 """Bytes that are hashed, signed or used as keys: one unambiguous encoding with domain separation.
 
-Source: PROTOCOL "Bytes"; RFC 5869 (HKDF-Expand), RFC 8785 (canonical JSON), FIPS 180-4 (SHA-256).
+Source: PROTOCOL "Bytes"; RFC 5869 (HKDF-Expand), RFC 8785 (canonical JSON), RFC 4648, FIPS 180-4.
 Rules: every label starts with ``wardround/v1/``; every part is length-prefixed, so two different
 sequences of parts never give the same bytes; integers are little-endian with a fixed width.
 """
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable
@@ -84,6 +85,20 @@ def annotations_of(cls: type) -> tuple[tuple[str, Any], ...]:
     A document or a record states with each field how it is written; this is what its writer goes by.
     """
     return tuple((name, get_args(kind)[1]) for name, kind in get_annotations(cls).items())
+
+
+def base64_text(data: bytes) -> str:
+    """RFC 4648 base64 of ``data``."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def base64_bytes(text: str) -> bytes:
+    """Read base64_text, and nothing else. Raises ValueError."""
+    data = base64.b64decode(text, validate=True)
+    # The decoder ignores spare bits: only a round trip is exact.
+    if base64_text(data) != text:
+        raise ValueError("base64")
+    return data
 
 
 def canonical_json(value: Any) -> bytes:

@@ -6,13 +6,12 @@ cosignature leaves; an own head counts for one round of one study, by its nonce;
 ledger is signed by the hub key.
 """
 
-import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from common.encoding import canonical_json, parse_canonical_json
+from common.encoding import base64_bytes, base64_text, canonical_json, parse_canonical_json
 from common.errors import RefusedError, VerificationError
 from common.ledger.tree import consistency_proof, root, verify_consistency
 from common.secagg import records
@@ -177,10 +176,10 @@ def read_state(data: bytes) -> tuple[dict[int, Head], Offer | None]:
     try:
         if set(value) != {"schema", "seen", "own"} or value["schema"] != 1:
             raise ValueError("fields")
-        seen = {int(party): records.decode(Head, _bytes(text)) for party, text in value["seen"].items()}
+        seen = {int(party): records.decode(Head, base64_bytes(text)) for party, text in value["seen"].items()}
         own = None
         if value["own"] is not None:
-            first, *rest = map(_bytes, value["own"])
+            first, *rest = map(base64_bytes, value["own"])
             cosigns = [records.decode(Cosign, data) for data in rest]
             own = Offer(records.decode(Head, first), {cosign.id: cosign for cosign in cosigns})
         if any(party != head.id for party, head in seen.items()):
@@ -193,8 +192,4 @@ def read_state(data: bytes) -> tuple[dict[int, Head], Offer | None]:
 
 
 def _text(record: records.Record) -> str:
-    return base64.b64encode(records.encode(record)).decode("ascii")
-
-
-def _bytes(text: Any) -> bytes:
-    return base64.b64decode(text, validate=True)
+    return base64_text(records.encode(record))

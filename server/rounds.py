@@ -82,27 +82,28 @@ class StudyRun:
 
         Raises: UnreachableError when the hub stops; the study then stays as it is.
         """
-        if self._store.study(self._digest).status in ENDED:
-            self.close()
-            return
+        with closing(HubLedger(self._home, self._store)) as ledger:
+            try:
+                if self._store.study(self._digest).status not in ENDED:
+                    self._run(ledger)
+            except UnreachableError:
+                raise
+            except WardroundError as error:
+                self._store.set_status(self._digest, "failed", error.problem)
+                self._close(ledger)
+                raise
+            self._close(ledger)
+
+    def _run(self, ledger: HubLedger) -> None:
         try:
             if not self._continue().directory:
                 self._consent()
-            setup = self._setup()
-            with closing(HubLedger(self._home, self._store)) as ledger:
-                self._rounds(setup, ledger)
+            self._rounds(self._setup(), ledger)
             self._status("done")
         except Ended as ended:
             log.info("%s: %s", self._label, ended.problem)
-        except UnreachableError:
-            raise
-        except WardroundError as error:
-            self._store.set_status(self._digest, "failed", error.problem)
-            self.close()
-            raise
-        self.close()
 
-    def close(self) -> None:
+    def _close(self, ledger: HubLedger) -> None:
         """Tell every member that is attached that the run is over, so that its secrets are erased."""
         exchange = Exchange(self._exchange.grid, self._params.man, self._names, lambda: None)
         closed = json.loads(self._store.study(self._digest).closed)
@@ -110,8 +111,7 @@ class StudyRun:
         for site, reply, _ in exchange.ask(messages.CLOSE, requests, CLOSE_TIMEOUT_S):
             if reply.available:
                 self._store.closed_at(self._digest, site)
-        with closing(HubLedger(self._home, self._store)) as ledger:
-            ledger.catch_up()
+        ledger.catch_up()
 
     def _minute(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%MZ")

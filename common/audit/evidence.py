@@ -5,7 +5,6 @@ model; its names are a closed list and its sizes are bounded before anything is 
 believed here: common.audit.verify does that, against keys from elsewhere.
 """
 
-import base64
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from common import archive, identity
-from common.encoding import canonical_json, parse_canonical_json
+from common.encoding import base64_bytes, base64_text, canonical_json, parse_canonical_json
 from common.errors import UsageError, VerificationError
 from common.roster import SignedRoster
 
@@ -61,8 +60,8 @@ class Evidence:
             "time": self.time,
             "version": self.version,
             "hub_key": identity.key_text(self.hub_key),
-            "roster": _text(self.roster.data),
-            "roster_signature": _text(self.roster.signature),
+            "roster": base64_text(self.roster.data),
+            "roster_signature": base64_text(self.roster.signature),
         }
         files = {
             FACTS: canonical_json(facts),
@@ -103,7 +102,7 @@ class Evidence:
                 raise ValueError("fields")
             return cls(
                 party, name, time, version,
-                SignedRoster(_bytes(roster), _bytes(signature)),
+                SignedRoster(base64_bytes(roster), base64_bytes(signature)),
                 identity.key_bytes(hub_key, "hub key"),
                 tuple(leaves.split(b"\n")[:-1]),
                 head.decode("utf-8"),
@@ -130,15 +129,3 @@ def _refused(what: str, problem: str) -> VerificationError:
     return VerificationError(
         "audit.evidence", f"{what} is no evidence: {problem}", remedy="Ask for it again."
     )
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _bytes(text: str) -> bytes:
-    data = base64.b64decode(text, validate=True)
-    # The decoder ignores spare bits: only a round trip is exact.
-    if _text(data) != text:
-        raise ValueError("base64")
-    return data

@@ -4,7 +4,6 @@ Source: c2sp.org/tlog-proof@v1 (format); RFC 6962 sections 2.1.1, 2.1.2. Rules: 
 the entry itself, which the proof then authenticates; a proof is read only in the form in which it is written.
 """
 
-import base64
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -12,6 +11,7 @@ from typing import Final
 from common.audit.evidence import Evidence
 from common.audit.party import read_entries, read_head
 from common.audit.trust import claimed
+from common.encoding import base64_bytes, base64_text
 from common.errors import UsageError, VerificationError
 from common.ledger.entries import Entry, decode
 from common.ledger.notes import Checkpoint
@@ -58,7 +58,7 @@ def prove(evidence: Evidence, index: int, public: bytes) -> str:
         raise UsageError("audit.entry", problem, remedy="See 'wardround audit log' for their numbers.")
     leaf = evidence.leaves[index]
     path = inclusion_proof([leaf_hash(each) for each in evidence.leaves], index)
-    lines = [HEADER, f"extra {_text(leaf)}", f"index {index}", *map(_text, path), "", evidence.head]
+    lines = [HEADER, f"extra {base64_text(leaf)}", f"index {index}", *map(base64_text, path), "", evidence.head]
     proof = "\n".join(lines)
     verify_proof(proof, public)
     return proof
@@ -74,10 +74,12 @@ def verify_proof(proof: str, public: bytes) -> Entry:
     match = _PROOF.fullmatch(proof) if len(proof) <= MAX_PROOF_CHARACTERS else None
     if match is None:
         raise VerificationError("audit.proof", f"this is not a proof of the form {HEADER}")
-    leaf, index = _bytes(match[1]), int(match[2])
-    path = [_bytes(line) for line in match[3].split("\n")[:-1]]
+    try:
+        leaf, *path = map(base64_bytes, (match[1], *match[3].split("\n")[:-1]))
+    except ValueError as error:
+        raise VerificationError("audit.proof", "a line of the proof is not base64") from error
     head = read_head(match[4], public)
-    verify_inclusion(leaf_hash(leaf), index, head.size, path, head.root)
+    verify_inclusion(leaf_hash(leaf), int(match[2]), head.size, path, head.root)
     return decode(leaf)
 
 
@@ -90,10 +92,8 @@ def extension(old: Evidence, new: Evidence, public: bytes) -> Extension:
     if old.party != new.party:
         problem = f"the files are of {old.name} and of {new.name}"
         raise UsageError("audit.files", problem, remedy="Give two files of one party, the older one first.")
-    heads, hashes = (
-        [read_head(each.head, public) for each in (old, new)],
-        [leaf_hash(leaf) for leaf in new.leaves],
-    )
+    heads = [read_head(each.head, public) for each in (old, new)]
+    hashes = [leaf_hash(leaf) for leaf in new.leaves]
     for index, leaf in enumerate(old.leaves):
         if new.leaves[index : index + 1] != (leaf,):
             problem = f"the newer ledger does not extend the older one: entry {index} differs"
@@ -109,17 +109,3 @@ def extension(old: Evidence, new: Evidence, public: bytes) -> Extension:
     if problem:
         raise VerificationError("audit.leaves", problem)
     return Extension(heads[0], heads[1], proof, entries[heads[0].size :])
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _bytes(text: str) -> bytes:
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError:
-        data = b""
-    if _text(data) != text:
-        raise VerificationError("audit.proof", "a line of the proof is not base64")
-    return data

@@ -4,7 +4,6 @@ Source: DESIGN "Ledger". Rules: a key that arrives inside the evidence proves no
 the trusted hub key signed it; the file holds public keys alone.
 """
 
-import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from common.audit.evidence import Evidence
-from common.encoding import canonical_json, parse_canonical_json
+from common.encoding import base64_bytes, base64_text, canonical_json, parse_canonical_json
 from common.errors import UsageError, VerificationError
 from common.identity import fingerprint, key_bytes, key_text
 from common.roster import Roster, SignedRoster
@@ -52,8 +51,8 @@ class Trust:
             {
                 "schema": SCHEMA,
                 "hub": key_text(self.hub_key),
-                "roster": base64.b64encode(self.signed.data).decode("ascii"),
-                "signature": base64.b64encode(self.signed.signature).decode("ascii"),
+                "roster": base64_text(self.signed.data),
+                "signature": base64_text(self.signed.signature),
             }
         )
 
@@ -64,13 +63,8 @@ class Trust:
         try:
             if set(value) != _FIELDS or (type(value["schema"]), value["schema"]) != (int, SCHEMA):
                 raise ValueError("fields")
-            roster, signature = (
-                base64.b64decode(value[name], validate=True) for name in ("roster", "signature")
-            )
-            trust = cls(key_bytes(value["hub"], "hub key"), SignedRoster(roster, signature))
-            # The decoder ignores spare bits: only a round trip is exact.
-            if trust.to_bytes() != data:
-                raise ValueError("form")
+            signed = SignedRoster(base64_bytes(value["roster"]), base64_bytes(value["signature"]))
+            trust = cls(key_bytes(value["hub"], "hub key"), signed)
         except (ValueError, TypeError, AttributeError) as error:
             raise VerificationError("audit.trust", "this is not a trust file", remedy=_REMEDY) from error
         _ = trust.roster
