@@ -8,7 +8,10 @@ import pytest
 import tomli_w
 from typer.testing import CliRunner, Result
 
+from common.audit.cli import app as audit
+from common.audit.trust import Trust
 from common.enrolment import Admission
+from common.identity import fingerprint
 from server.cli import hub, study
 from tests.federation import small_study
 from tests.server.conftest import RunningHub
@@ -253,6 +256,29 @@ def test_hub_revoke_ends_an_admission_for_good(tmp_path: Path) -> None:
         "Riverside",
     ]
     failed(hub, 3, "enrolment.unknown", "revoke", "Northgate", "--home", home, "--reason", "again")
+
+
+def test_hub_roster_and_evidence_for_an_auditor(tmp_path: Path) -> None:
+    founded = found(tmp_path, 3)
+    home, roster, evidence = founded.home.folder, tmp_path / "roster.json", tmp_path / "hub.zip"
+    data = envelope(call(hub, "roster", "--home", home, "--out", roster, "--json"))
+    trusted = Trust.from_bytes(roster.read_bytes())
+    assert data["hub_fingerprint"] == fingerprint(trusted.hub_key)
+    assert data["fingerprints"] == {member.name: member.fingerprint for member in trusted.roster.members}
+    text = call(hub, "roster", "--home", home, "--out", roster).stdout
+    assert all(mark in text for mark in (data["hub_fingerprint"], *data["fingerprints"].values()))
+    data = envelope(call(hub, "evidence", "--home", home, "--out", evidence, "--json"))
+    assert data == {"evidence": str(evidence), "entries": 3, "studies": 0}
+    checked = call(audit, "verify", evidence, "--trust", roster)
+    assert checked.exit_code == 0, checked.stdout
+    assert "no evidence was given of: St. Mary, Northgate, Riverside" in checked.stdout
+    # A hospital that was admitted after the roster was handed out is no contradiction.
+    founded.admit("Late")
+    call(hub, "evidence", "--home", home, "--out", evidence)
+    assert call(audit, "verify", evidence, "--trust", roster).exit_code == 0
+    for command in ("roster", "evidence"):
+        failed(hub, 2, "settings.missing", command, "--home", tmp_path / "none", "--out", tmp_path / "x")
+        failed(hub, 2, "output.file", command, "--home", home, "--out", tmp_path / "none" / "x")
 
 
 def test_a_hub_that_is_down_is_exit_6(tmp_path: Path, toml: Path) -> None:
