@@ -79,11 +79,9 @@ class Review:
         if table.patients < 1:
             raise ContractError("contract.empty", f"{self.source.path} holds no usable patient")
         if isinstance(privacy, DifferentialPrivacy) and table.patients > privacy.max_patients:
-            raise ContractError(
-                "contract.max-patients",
-                f"{self.source.path} holds more patients than the study's privacy.max_patients",
-                remedy="Ask the coordinator for a study with a higher max_patients.",
-            )
+            problem = f"{self.source.path} holds more patients than the study's privacy.max_patients"
+            remedy = "Ask the coordinator for a study with a higher max_patients."
+            raise ContractError("contract.max-patients", problem, remedy=remedy)
         self.guard.check_budget(self.manifest, self.admitted, 1, self.manifest.study.training.rounds)
 
     def data(self) -> dict[str, Any]:
@@ -120,28 +118,25 @@ class Review:
             f"expires      {study.expires}",
         ]
         if isinstance(study.privacy, DifferentialPrivacy):
-            lines.append(
+            lines += [
                 f"privacy      the study alone would spend epsilon {self.planned_epsilon:.4f} as planned, "
-                f"at most {self.largest_epsilon:.4f}"
-            )
-            lines.append(f"budget       the register could pay {self.rounds_left} such rounds")
+                f"at most {self.largest_epsilon:.4f}",
+                f"budget       the register could pay {self.rounds_left} such rounds",
+            ]
             if study.privacy.arithmetic == "f32_assumed":
-                lines.append(
-                    "note         f32_assumed: assumes that float32 sums err by at most clip_norm / 1000"
-                )
+                assumed = "assumes that float32 sums err by at most clip_norm / 1000"
+                lines += [f"note         f32_assumed: {assumed}"]
         else:
             lines.insert(0, "WITHOUT DIFFERENTIAL PRIVACY: this register's epsilon becomes infinite for ever")
         if aggregation.rollbacks == 0:
-            lines.append("note         rho = 0: a cloned honest site may make two sums of one round known")
+            lines += ["note         rho = 0: a cloned honest site may make two sums of one round known"]
         if aggregation.ready_s == 0:
-            lines.append("note         ready_s = 0: how long the computation takes is visible to the hub")
-        lines.extend(
-            f"compare      {name}: {text}  (by telephone; approving accepts it)"
-            for name, text in self.new_fingerprints.items()
-        )
+            lines += ["note         ready_s = 0: how long the computation takes is visible to the hub"]
+        for name, key in self.new_fingerprints.items():
+            lines += [f"compare      {name}: {key}  (by telephone; approving accepts it)"]
         if self.earlier:
-            lines.append(f"since        {self.earlier}, approved here before:")
-            lines.extend([f"  {change}" for change in self.changes] or ["  no changes"])
+            lines += [f"since        {self.earlier}, approved here before:"]
+            lines += [f"  {change}" for change in self.changes] or ["  no changes"]
         return "\n".join(lines)
 
 

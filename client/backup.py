@@ -26,6 +26,7 @@ from client.state import SiteHome, write_durable
 from client.studies import StudyFolder
 from common import archive
 from common.admissible import Admitted, check
+from common.audit.spending import cap_of
 from common.encoding import canonical_json, parse_canonical_json
 from common.errors import FailureError, UsageError, VerificationError, WardroundError
 from common.identity import key_text, name_problem, public_key, sync_folder
@@ -33,7 +34,7 @@ from common.ledger import entries as leaves
 from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, Pause, Restored
 from common.ledger.store import Head, Ledger
 from common.privacy.events import Event
-from common.privacy.filter import Cap, rounds_left
+from common.privacy.filter import rounds_left
 from common.run import read_study_document
 from common.version import SOFTWARE_VERSION
 
@@ -46,12 +47,10 @@ _HERE: Final = SiteHome(Path())
 _KEY, _LEDGER = (path.as_posix() for path in (_HERE.ledger_key, _HERE.ledger))
 _OPTIONAL: Final = {path.as_posix() for path in (_HERE.pins, _HERE.heads)}
 _SETTINGS: Final = _HERE.settings.as_posix()
+_KEYS: Final = (_HERE.tls_key, _HERE.protocol_key, _HERE.split_secret)
 _REQUIRED: Final = {_KEY, _LEDGER, _SETTINGS} | {
-    path.as_posix()
-    for path in (
-        _HERE.policy, _HERE.request, _HERE.admission, _HERE.tls_key, _HERE.protocol_key, _HERE.split_secret,
-    )
-}  # fmt: skip
+    path.as_posix() for path in (_HERE.policy, _HERE.request, _HERE.admission, *_KEYS)
+}
 _OPEN_TO_OTHERS: Final = {_HERE.request.as_posix()}
 
 
@@ -153,9 +152,8 @@ class Backup:
                 path.write_bytes(self.files[_LEDGER])
             except OSError as error:
                 problem = f"{folder} cannot be written: {error.strerror}"
-                raise FailureError(
-                    "backup.temporary", problem, remedy="Free some space, or set TMPDIR."
-                ) from error
+                remedy = "Free some space, or set TMPDIR."
+                raise FailureError("backup.temporary", problem, remedy=remedy) from error
             with Ledger.open(path, self._ledger_key, clock=lambda: now or datetime.now(UTC)) as ledger:
                 yield ledger, path
 
@@ -189,11 +187,9 @@ class Backup:
                 mode = 0o644 if name in _OPEN_TO_OTHERS else 0o600
                 write_durable(home.folder / name, closed[name], mode)
         except OSError as error:
-            raise FailureError(
-                "restore.write",
-                f"{home.folder} cannot be written: {error.strerror}",
-                remedy="Remove that folder, then restore again: the backup holds all of it.",
-            ) from error
+            problem = f"{home.folder} cannot be written: {error.strerror}"
+            remedy = "Remove that folder, then restore again: the backup holds all of it."
+            raise FailureError("restore.write", problem, remedy=remedy) from error
         return done
 
     def _studies(self) -> dict[str, bytes]:
@@ -220,9 +216,8 @@ def pack(home: SiteHome, now: datetime) -> Backup:
     for found in StudyFolder(home).digests():
         files[f"studies/{found}.study"] = home.study(found).read_bytes()
     if sum(map(len, files.values())) > archive.MAX_TOTAL_BYTES:
-        raise FailureError(
-            "backup.size", f"{home.folder} holds more than a backup of {archive.MAX_TOTAL_BYTES} bytes"
-        )
+        problem = f"{home.folder} holds more than a backup of {archive.MAX_TOTAL_BYTES} bytes"
+        raise FailureError("backup.size", problem)
     return Backup(identity.name, leaves.utc_minute(now), head, files)
 
 
@@ -264,11 +259,7 @@ def closing_of(entries: Sequence[Entry], studies: Mapping[str, bytes], now: date
     opened = next((entry for entry in entries if isinstance(entry, Opened)), None)
     if opened is None:
         return Closing((), charged)
-    cap = Cap(
-        float(opened.epsilon_t),
-        None if opened.epsilon_w is None else float(opened.epsilon_w),
-        float(opened.delta),
-    )
+    cap = cap_of(opened)
     history = [Event.from_fields(fields) for fields in leaves.events(entries, opened.register_id)]
     past = len(history)
     # A charge without differential privacy ends all others, so those with it come first.
@@ -303,32 +294,14 @@ def _open(
 def _close(ledger: Ledger, actor: str, planned: Closing, words: str) -> None:
     for event in planned.reserved if planned.charged else ():
         ledger.append(Charge(actor=actor, event=event.to_fields()))
-    last: dict[str, Outcome | None] = {}
-    for entry in ledger.entries():
-        if isinstance(entry, Charge):
-            last[entry.event_id] = None
-        elif isinstance(entry, Outcome):
-            last[entry.event_id] = entry
+    last = {said.event_id: said for said in ledger.entries() if isinstance(said, Charge | Outcome)}
+    here: dict[str, Any] = {"actor": actor, "reason": "site_restored"}
     for event_id, said in last.items():
-        if said is None:
-            ledger.append(
-                Outcome(
-                    actor=actor,
-                    event_id=event_id,
-                    state="charged",
-                    attempt=1,
-                    ctx=None,
-                    reason="site_restored",
-                )
-            )
+        if isinstance(said, Charge):
+            ledger.append(Outcome(event_id=event_id, state="charged", attempt=1, ctx=None, **here))
         elif said.reason == "upload_started":
-            again = {
-                "seq": leaves.UNPLACED,
-                "time": "",
-                "version": SOFTWARE_VERSION,
-                "reason": "site_restored",
-            }
-            ledger.append(said.model_copy(update=again))
+            upload = said.model_dump(include={"state", "attempt", "ctx"})
+            ledger.append(Outcome(event_id=event_id, **upload, **here))
     ledger.append(Restored(actor=actor, reason=words))
 
 
@@ -346,9 +319,8 @@ def _snapshot(ledger: Path) -> bytes:
             return copy.serialize()
     except sqlite3.Error as error:
         problem = f"the ledger {ledger} cannot be copied: {error}"
-        raise FailureError(
-            "backup.ledger", problem, remedy="Check that the file is there and sound."
-        ) from error
+        remedy = "Check that the file is there and sound."
+        raise FailureError("backup.ledger", problem, remedy=remedy) from error
 
 
 def _refused(what: str, problem: str) -> VerificationError:

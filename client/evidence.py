@@ -4,15 +4,15 @@ Source: DESIGN "Ledger"; PROTOCOL L1, L2. Rules: no key, policy, extract or run 
 in only when it verifies; everything is of one moment, also beside a running agent.
 """
 
-from collections.abc import Iterable
 from datetime import datetime
 
 from client.state import SiteHome
 from client.studies import StudyFolder
 from common.audit.evidence import Evidence
+from common.audit.party import studied
 from common.enrolment import Admission
 from common.errors import RefusedError, UsageError, VerificationError
-from common.ledger.entries import Approval, Charge, Entry, utc_minute
+from common.ledger.entries import utc_minute
 from common.ledger.notes import open_note, origin_of, read_checkpoint
 from common.ledger.store import Ledger
 from common.roster import SignedRoster
@@ -39,8 +39,8 @@ def collect(home: SiteHome, now: datetime) -> Evidence:
         leaves, entries = ledger.leaves()[:size], ledger.entries()[:size]
     studies = dict[str, bytes]()
     rosters = [SignedRoster(admission.roster, admission.roster_signature)]
-    for digest in _named(entries):
-        if home.study(digest).exists():
+    for digest in dict.fromkeys(map(studied, entries)):
+        if digest and home.study(digest).exists():
             studies[digest], roster = _study(home, digest)
             rosters.append(roster)
     return Evidence(
@@ -68,17 +68,6 @@ def _admission(home: SiteHome) -> Admission:
 
 def _heads(home: SiteHome) -> bytes:
     return home.heads.read_bytes() if home.heads.exists() else b""
-
-
-def _named(entries: Iterable[Entry]) -> list[str]:
-    """Digests of the studies that were approved, denied or charged, in the order of their first entry."""
-    named: dict[str, None] = {}
-    for entry in entries:
-        if isinstance(entry, Approval):
-            named[entry.manifest] = None
-        elif isinstance(entry, Charge):
-            named[str(entry.event.get("manifest_digest", ""))] = None
-    return list(named)
 
 
 def _study(home: SiteHome, digest: str) -> tuple[bytes, SignedRoster]:

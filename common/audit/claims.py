@@ -6,27 +6,18 @@ remains rounds down; the same evidence gives the same facts, and their time is t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from common.audit.conduct import studied
 from common.audit.notices import Notice, notices
-from common.audit.party import Party, Study
+from common.audit.party import HUB_NAME, Party, Studies, Study, studied
 from common.audit.sheet import NOT_COVERED, Line, Planned, claim_sheet, register_lines, when
-from common.audit.spending import (
-    Costs,
-    Epsilons,
-    Hospital,
-    completions,
-    endings,
-    round_of,
-    studies_in_order,
-)
+from common.audit.spending import Costs, Epsilons, Hospital, Hub, round_of, studies_in_order
 from common.audit.trust import Trust
 from common.audit.verify import Verification
 from common.identity import fingerprint
-from common.ledger.entries import Ended, Submission
+from common.ledger.entries import Entry
 from common.privacy.accountant import View
 from common.privacy.events import Event
 from common.privacy.filter import VIEWS, Cap, rounds_left
@@ -167,53 +158,48 @@ def read_facts(verification: Verification, trust: Trust) -> Facts:
     """
     parties = sorted(verification.parties, key=lambda party: party.id)
     time = max((party.evidence.time for party in parties), default="")
-    costs, studies = Costs(), studies_in_order(parties)
+    costs, studies, hub = Costs(), studies_in_order(parties), Hub(parties)
     hospitals = [Hospital(party, costs) for party in parties if party.id != HUB]
-    over = set(endings(parties)) | {
-        digest for digest, (manifest, _, _) in studies.items() if time >= manifest.study.expires
+    open_studies = {
+        digest: study
+        for digest, study in studies.items()
+        if digest not in hub.ended and time < study[0].study.expires
     }
-    verdict = "failed"
-    if verification.passed:
-        verdict = "verified" if verification.trusted else "self-consistent only"
     return Facts(
-        verdict=verdict,
+        verdict=verification.verdict,
         hub=fingerprint(trust.hub_key),
         time=time,
         shown=tuple(party.name for party in parties),
         missing=verification.missing,
-        notices=notices(verification, hospitals, studies),
-        registers=tuple(_register(hospital, studies, over, costs) for hospital in hospitals),
-        studies=_studies(parties, hospitals, studies, costs),
+        notices=notices(verification, hospitals, hub, studies),
+        registers=tuple(_register(hospital, studies, open_studies) for hospital in hospitals),
+        studies=tuple(_study(digest, hub, hospitals, studies[digest], costs) for digest in studies),
         ledgers=tuple(_ledger(party, parties, trust) for party in parties),
     )
 
 
-def _register(hospital: Hospital, studies: Mapping[str, Study], over: set[str], costs: Costs) -> Register:
-    cap, opened = hospital.cap_in_force, hospital.opened
+def _register(hospital: Hospital, studies: Studies, open_studies: Studies) -> Register:
+    cap, opened, costs = hospital.cap_in_force, hospital.opened, hospital.costs
     delta = cap.delta if cap else math.nan
-    reserved = [] if hospital.restored else _reserved(hospital, studies, over, costs)
+    reserved = [] if hospital.restores else _reserved(hospital, open_studies)
     spent = costs.spent(hospital.events, delta)
     scheduled = costs.spent([*hospital.events, *reserved], delta)
-    like, event = _last(hospital, studies, costs)
+    fixed = costs.fixed(hospital.events, delta)
+    like, event = _last(hospital, studies)
+    stated = opened.delta if opened else ""
     return Register(
         hospital=hospital.name,
         register_id=opened.register_id if opened else "",
         opened=opened.time if opened else "",
-        delta=opened.delta if opened else "",
+        delta=stated,
         accounts=tuple(_account(view, cap, spent, scheduled) for view in VIEWS),
         charges=len(hospital.charges),
         reserved_rounds=len(reserved),
         more_rounds=_more_rounds(hospital, event, cap, reserved) if like else None,
         like=like,
-        closed=hospital.restored,
-        lines=register_lines(
-            hospital.cap,
-            opened.delta if opened else "",
-            spent,
-            costs.fixed(hospital.events, delta),
-            hospital.uploads,
-        ),
-        points=_points(hospital, studies, delta, costs),
+        closed=bool(hospital.restores),
+        lines=register_lines(hospital.cap, stated, spent, fixed, hospital.uploads),
+        points=_points(hospital, studies, delta),
     )
 
 
@@ -224,28 +210,26 @@ def _account(view: View, cap: Cap | None, spent: Epsilons, scheduled: Epsilons) 
     return Account(view, limit, now, then - now if now < math.inf else 0.0, remaining)
 
 
-def _reserved(
-    hospital: Hospital, studies: Mapping[str, Study], over: set[str], costs: Costs
-) -> list[Event | None]:
+def _reserved(hospital: Hospital, open_studies: Studies) -> list[Event | None]:
     """The rounds still chargeable of studies that are approved, unexpired and not known to have ended."""
     rounds: list[Event | None] = []
-    for digest, (manifest, _, admitted) in studies.items():
-        if digest not in over and hospital.approves(digest):
+    for digest, (manifest, _, admitted) in open_studies.items():
+        if hospital.approves(digest):
             left = manifest.study.aggregation.rounds_max - len(hospital.by_study.get(digest, ()))
-            rounds += [costs.planned(admitted) if admitted else None] * max(0, left)
+            rounds += [hospital.costs.planned(admitted) if admitted else None] * max(0, left)
     return rounds
 
 
-def _last(hospital: Hospital, studies: Mapping[str, Study], costs: Costs) -> tuple[str, Event | None]:
+def _last(hospital: Hospital, studies: Studies) -> tuple[str, Event | None]:
     """The study charged last, or else approved last, and a round of it; no name where there is none."""
     if hospital.charges:
-        digest = studied(hospital.charges[-1])
-        return _name(digest, studies), hospital.events[-1]
-    for digest in reversed(hospital.decisions):
-        if hospital.approves(digest) and digest in studies:
-            admitted = studies[digest][2]
-            return _name(digest, studies), costs.planned(admitted) if admitted else None
-    return "", None
+        return _name(hospital.charges[-1], studies), hospital.events[-1]
+    approvals = [hospital.decisions[digest][-1] for digest in studies if hospital.approves(digest)]
+    if not approvals:
+        return "", None
+    latest = max(approvals, key=lambda entry: entry.seq)
+    admitted = studies[latest.manifest][2]
+    return _name(latest, studies), hospital.costs.planned(admitted) if admitted else None
 
 
 def _more_rounds(
@@ -253,69 +237,36 @@ def _more_rounds(
 ) -> int:
     history = [past for past in (*hospital.events, *reserved) if past is not None]
     unknown = len(history) < len(hospital.events) + len(reserved)
-    if hospital.restored or unknown or cap is None or event is None or event.kind != "sum":
+    if hospital.restores or unknown or cap is None or event is None or event.kind != "sum":
         return 0
     return rounds_left(history, event, cap)
 
 
-def _points(
-    hospital: Hospital, studies: Mapping[str, Study], delta: float, costs: Costs
-) -> tuple[Point, ...]:
-    charges = hospital.charges
-    last = len(charges) - 1
+def _points(hospital: Hospital, studies: Studies, delta: float) -> tuple[Point, ...]:
+    last = len(hospital.charges) - 1
     chosen: Sequence[int] = range(last + 1)
     if last >= POINTS:
         chosen = [i * last // (POINTS - 1) for i in range(POINTS)]
-    return tuple(
-        Point(
-            charge=at + 1,
-            time=charges[at].time,
-            study=_name(studied(charges[at]), studies),
-            round=round_of(charges[at]),
-            epsilon=costs.spent(hospital.events[: at + 1], delta),
-        )
-        for at in chosen
-    )
+    points = []
+    for at in chosen:
+        charge, epsilon = hospital.charges[at], hospital.costs.spent(hospital.events[: at + 1], delta)
+        points.append(Point(at + 1, charge.time, _name(charge, studies), round_of(charge), epsilon))
+    return tuple(points)
 
 
-def _name(digest: str, studies: Mapping[str, Study]) -> str:
+def _name(entry: Entry, studies: Studies) -> str:
+    digest = studied(entry)
     return studies[digest][0].study.name if digest in studies else f"unknown {digest[:12]}"
 
 
-def _studies(
-    parties: Sequence[Party], hospitals: Sequence[Hospital], studies: Mapping[str, Study], costs: Costs
-) -> tuple[StudyFacts, ...]:
-    ended, completed = endings(parties), completions(parties)
-    hub = [entry for party in parties if party.id == HUB for entry in party.entries]
-    submitted = {entry.manifest: entry.time for entry in hub if isinstance(entry, Submission)}
-    return tuple(
-        _study(
-            digest,
-            study,
-            [hospital for hospital in hospitals if hospital.id in {party.id for party in study[0].members}],
-            costs,
-            submitted.get(digest, ""),
-            ended.get(digest),
-            len(completed.get(digest, ())) if hub else None,
-        )
-        for digest, study in studies.items()
-    )
-
-
-def _study(
-    digest: str,
-    found: Study,
-    hospitals: Sequence[Hospital],
-    costs: Costs,
-    submitted: str,
-    ended: Ended | None,
-    completed: int | None,
-) -> StudyFacts:
+def _study(digest: str, hub: Hub, hospitals: Sequence[Hospital], found: Study, costs: Costs) -> StudyFacts:
     manifest, _, admitted = found
-    study = manifest.study
+    study, ended, submitted = manifest.study, hub.ended.get(digest), hub.submitted.get(digest)
+    members = {party.id for party in manifest.members}
+    taking_part = [hospital for hospital in hospitals if hospital.id in members]
     event = costs.planned(admitted) if admitted else None
-    planned = _planned(manifest, event, hospitals, costs)
-    courses = tuple(_course(digest, hospital) for hospital in hospitals)
+    planned = _planned(manifest, event, taking_part, costs)
+    courses = tuple(_course(digest, hospital) for hospital in taking_part)
     approvals = [
         f"{course.hospital}, {when(decision.time)}: {decision.words}"
         for course in courses
@@ -333,13 +284,13 @@ def _study(
         columns=tuple(study.contract.columns),
         members=study.members,
         private=isinstance(study.privacy, DifferentialPrivacy),
-        submitted=submitted,
+        submitted=submitted.time if submitted else "",
         expires=study.expires,
         ended=ended.time if ended else "",
         status=ended.status if ended else "",
         rounds=study.training.rounds,
         rounds_max=study.aggregation.rounds_max,
-        completed=completed,
+        completed=len(hub.completed.get(digest, ())) if hub.shown else None,
         planned=planned,
         courses=courses,
         sheet=claim_sheet(manifest, event, planned, approvals),
@@ -371,24 +322,22 @@ def _planned(
 
 def _course(digest: str, hospital: Hospital) -> Course:
     charges = hospital.by_study.get(digest, [])
-    rounds = {done: [c for c in charges if hospital.completed(c) is done] for done in (True, False)}
     return Course(
         hospital=hospital.name,
         decisions=tuple(
             Decision(entry.time, entry.decision, entry.reason) for entry in hospital.decisions.get(digest, ())
         ),
         charged=tuple(map(round_of, charges)),
-        completed=tuple(map(round_of, rounds[True])),
-        lost=tuple(map(round_of, rounds[False])),
+        completed=tuple(round_of(charge) for charge in charges if hospital.completed(charge)),
+        lost=tuple(round_of(charge) for charge in charges if not hospital.completed(charge)),
         first=charges[0].time if charges else "",
         last=charges[-1].time if charges else "",
     )
 
 
 def _ledger(party: Party, parties: Sequence[Party], trust: Trust) -> LedgerFacts:
-    names = {HUB: "hub"} | {member.id: member.name for member in trust.roster.members}
-    offer = party.cosigned
-    checkpoint = party.checkpoint
+    names = {HUB: HUB_NAME} | {member.id: member.name for member in trust.roster.members}
+    offer, checkpoint = party.cosigned, party.checkpoint
     return LedgerFacts(
         party=party.name,
         time=party.evidence.time,

@@ -4,49 +4,49 @@ Source: DESIGN "Three people, one program"; notes/users.md section 3.4. Rules: n
 or a private key, or imports torch or flwr; what was not verified is said; exit 5 unless everything is.
 """
 
-import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from common.audit import proofs
-from common.audit.claims import Facts, read_facts
+from common.audit.claims import read_facts
 from common.audit.evidence import read_evidence
-from common.audit.party import read_entries
+from common.audit.party import read_entries, studied
 from common.audit.report import render
 from common.audit.sheet import up
-from common.audit.trust import claimed, read_trust
+from common.audit.trust import Trust, claimed, read_trust
 from common.audit.verify import Verification, verify
 from common.console import JsonFlag, Outcome, command
+from common.encoding import base64_text
 from common.errors import RefusedError
 from common.identity import fingerprint
-from common.ledger.entries import (
-    Approval,
-    Charge,
-    Completed,
-    Ended,
-    Entry,
-    Membership,
-    Opened,
-    Pause,
-    PolicyChange,
-    Restored,
-    Submission,
-)
-from common.ledger.entries import (
-    Outcome as Ending,
-)
+from common.ledger.entries import Approval, Charge, Entry, Pause, PolicyChange, Restored
 
 app = typer.Typer(help="Verify evidence offline, report, see budgets.", no_args_is_help=True)
 
 TABLE_WIDTH = 118
 SELF_CONSISTENT = "self-consistent only: the keys come from the evidence itself"
+
+_WHAT: Final[Mapping[str, str]] = {
+    "opened": "register {register_id:.12}, epsilon {epsilon_t} (t collude), {other} (all do), delta {delta}",
+    "policy": "{changed}",
+    "approval": "{decision} {study}: ",
+    "pause": "{decision}: ",
+    "restored": "",
+    "charge": "round {round} of {study}",
+    "outcome": "{reason}, attempt {attempt}, event {event_id:.12}",
+    "membership": "{decision} {id} {name}, {fingerprint}",
+    "submission": "study {study}",
+    "completed": "round {round} of {study} over {members}",
+    "ended": "{status} {study}",
+}
+"""What ``audit log`` says of an entry, by its type; a person's words follow their decision."""
 
 File = Annotated[Path, typer.Argument(help="Evidence of one party.")]
 Files = Annotated[list[Path], typer.Argument(help="Evidence, one file for each party.")]
@@ -55,18 +55,25 @@ TrustOption = Annotated[
 ]
 
 
-def verified(files: Sequence[Path], trust: str) -> Verification:
-    """The verification of these files. Raises UsageError, VerificationError."""
+def _verified(files: Sequence[Path], trust: str) -> tuple[Verification, Trust]:
+    """The verification of these files, and the keys that it went by."""
     evidences = [read_evidence(path) for path in files]
-    return verify(evidences, read_trust(trust, evidences) if trust else None)
+    believed = read_trust(trust, evidences) if trust else None
+    return verify(evidences, believed), believed or claimed(evidences)
+
+
+def _judged(verdict: str, text: str, data: Mapping[str, Any], hint: str = "") -> Outcome:
+    """Exit 5 unless the evidence was verified against keys from elsewhere."""
+    code = {"verified": "ok", "failed": "audit.failed"}.get(verdict, "audit.untrusted")
+    return Outcome(text, data, hint, 0 if code == "ok" else 5, code)
 
 
 @app.command("verify")
 @command
 def verify_command(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) -> Outcome:
     """Check evidence: each ledger, its studies, and what the parties say of each other."""
-    found = verified(files, trust)
-    failed = sum(not check.passed for check in found.checks)
+    found, _ = _verified(files, trust)
+    failed, total = sum(not check.passed for check in found.checks), len(found.checks)
     width = max(len(check.party) for check in found.checks)
     slug = max(len(check.name) for check in found.checks)
     lines = [
@@ -75,23 +82,12 @@ def verify_command(files: Files, trust: TrustOption = "", as_json: JsonFlag = Fa
     ]
     if found.missing:
         lines.append(f"no evidence was given of: {', '.join(found.missing)}")
-    code = "ok"
-    if failed:
-        code = "audit.failed"
-        lines.append(f"{failed} of {len(found.checks)} checks do not hold")
-    elif not found.trusted:
-        code = "audit.untrusted"
-        lines.append(SELF_CONSISTENT)
-    else:
-        lines.append(f"all {len(found.checks)} checks hold")
-    checks = [
-        {"party": c.party, "name": c.name, "passed": c.passed, "detail": c.detail} for c in found.checks
-    ]
-    data = {"trusted": found.trusted, "passed": not failed, "checks": checks, "missing": found.missing}
-    hint = (
-        "" if found.trusted else "Give --trust: what 'wardround hub roster' wrote, or the hub's fingerprint."
-    )
-    return Outcome("\n".join(lines), data, hint, 0 if code == "ok" else 5, code)
+    said = {"failed": f"{failed} of {total} checks do not hold", "verified": f"all {total} checks hold"}
+    lines.append(said.get(found.verdict, SELF_CONSISTENT))
+    checks = [asdict(check) for check in found.checks]
+    data = {"trusted": found.trusted, "passed": found.passed, "checks": checks, "missing": found.missing}
+    hint = "Give --trust: what 'wardround hub roster' wrote, or the hub's fingerprint."
+    return _judged(found.verdict, "\n".join(lines), data, "" if found.trusted else hint)
 
 
 @app.command()
@@ -118,13 +114,7 @@ def prove(
     """Write a proof that one entry is in the ledger, for somebody who is to see no other entry."""
     evidence = read_evidence(file)
     key = proofs.own_key(evidence)
-    proof = proofs.prove(evidence, entry, key)
-    try:
-        with out.open("x", encoding="utf-8", newline="\n") as written:
-            written.write(proof)
-    except OSError as error:
-        problem = f"{out} cannot be written: {error.strerror}"
-        raise RefusedError("audit.out", problem, remedy="Name a new file.") from error
+    _write(out, proofs.prove(evidence, entry, key))
     origin = fingerprint(key)
     data = {"file": str(out), "entry": entry, "party": evidence.name, "ledger_key": origin}
     text = f"{out} shows entry {entry} of {evidence.name} to whoever trusts the ledger key {origin}"
@@ -145,20 +135,21 @@ def diff(
     text.append(f"from {found.old.size} entries to {found.new.size}: nothing that was there has changed")
     data = {
         "party": after.name,
-        "old": _head(found.old.size, found.old.root),
-        "new": _head(found.new.size, found.new.root),
-        "proof": [_text(part) for part in found.proof],
+        "old": {"size": found.old.size, "root": base64_text(found.old.root)},
+        "new": {"size": found.new.size, "root": base64_text(found.new.root)},
+        "proof": [base64_text(part) for part in found.proof],
         "entries": [entry.model_dump() for entry in found.entries],
     }
     return Outcome("\n".join(text), data)
 
 
-def _head(size: int, root: bytes) -> dict[str, Any]:
-    return {"size": size, "root": _text(root)}
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+def _write(out: Path, text: str) -> None:
+    try:
+        with out.open("x", encoding="utf-8", newline="\n") as written:
+            written.write(text)
+    except OSError as error:
+        problem = f"{out} cannot be written: {error.strerror}"
+        raise RefusedError("audit.out", problem, remedy="Name a new file.") from error
 
 
 def _line(entry: Entry, owner: str) -> str:
@@ -169,40 +160,21 @@ def _line(entry: Entry, owner: str) -> str:
     return f"{entry.seq:>6}  {entry.time}  {entry.type:<10}  {who}  {what}"
 
 
+def _what(entry: Entry) -> str:
+    said: dict[str, Any] = {"study": studied(entry)[:12], **entry.model_dump()}
+    if isinstance(entry, PolicyChange):
+        before = {} if entry.before is None else entry.before.model_dump()
+        after = entry.after.model_dump()
+        changed = [name for name in after if not before or after[name] != before[name]]
+        said["changed"] = ", ".join(f"{name} {_words(after[name])}" for name in changed)
+    elif isinstance(entry, Charge):
+        said["round"] = entry.event.get("round")
+    other = said.get("epsilon_w") or "none"
+    return _WHAT[entry.type].format(**said, other=other, members=_words(said.get("cohort")))
+
+
 def _words(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _what(entry: Entry) -> str:
-    match entry:
-        case Opened():
-            other = "none" if entry.epsilon_w is None else entry.epsilon_w
-            caps = f"epsilon {entry.epsilon_t} (t collude), {other} (all do), delta {entry.delta}"
-            return f"register {entry.register_id[:12]}, {caps}"
-        case PolicyChange():
-            changed = entry.after.model_dump()
-            if entry.before is not None:
-                before = entry.before.model_dump()
-                changed = {name: value for name, value in changed.items() if value != before[name]}
-            return ", ".join(f"{name} {_words(value)}" for name, value in changed.items())
-        case Approval():
-            return f"{entry.decision} {entry.manifest[:12]}: "
-        case Pause():
-            return f"{entry.decision}: "
-        case Restored():
-            return ""
-        case Charge():
-            return f"round {entry.event.get('round')} of {str(entry.event.get('manifest_digest'))[:12]}"
-        case Ending():
-            return f"{entry.reason}, attempt {entry.attempt}, event {entry.event_id[:12]}"
-        case Membership():
-            return f"{entry.decision} {entry.id} {entry.name}, {entry.fingerprint}"
-        case Submission():
-            return f"study {entry.manifest[:12]}"
-        case Completed():
-            return f"round {entry.round} of {entry.manifest[:12]} over {', '.join(map(str, entry.cohort))}"
-        case Ended():
-            return f"{entry.status} {entry.manifest[:12]}"
 
 
 @app.command()
@@ -214,22 +186,17 @@ def report(
     as_json: JsonFlag = False,
 ) -> Outcome:
     """Write what the evidence says about privacy into one HTML file; it says first whether it verifies."""
-    facts = _facts(files, trust)
-    try:
-        with out.open("x", encoding="utf-8", newline="\n") as written:
-            written.write(render(facts))
-    except OSError as error:
-        problem = f"{out} cannot be written: {error.strerror}"
-        raise RefusedError("audit.out", problem, remedy="Name a new file.") from error
+    facts = read_facts(*_verified(files, trust))
+    _write(out, render(facts))
     text = f"{out}: {facts.verdict}; studies: {len(facts.studies)}, exceptions: {len(facts.notices)}"
-    return _judged(facts, text, {"report": str(out), **asdict(facts)})
+    return _judged(facts.verdict, text, {"report": str(out), **asdict(facts)})
 
 
 @app.command()
 @command
 def budgets(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) -> Outcome:
     """What each hospital's register has spent of its caps, and how many more rounds it could pay."""
-    facts = _facts(files, trust)
+    facts = read_facts(*_verified(files, trust))
     table = Table(
         "hospital", "register", "epsilon_t / cap", "epsilon_w / cap", "delta", "charges", "more rounds"
     )
@@ -241,17 +208,6 @@ def budgets(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) ->
     Console(file=shown, width=TABLE_WIDTH).print(table)
     missing = f"; no evidence was given of {', '.join(facts.missing)}" if facts.missing else ""
     text = f"{shown.getvalue()}{facts.verdict}{missing}"
-    return _judged(facts, text, {"registers": [asdict(found) for found in facts.registers]})
-
-
-def _facts(files: Sequence[Path], trust: str) -> Facts:
-    evidences = [read_evidence(path) for path in files]
-    believed = read_trust(trust, evidences) if trust else None
-    return read_facts(verify(evidences, believed), believed or claimed(evidences))
-
-
-def _judged(facts: Facts, text: str, data: dict[str, Any]) -> Outcome:
-    """Exit 5 unless the evidence was verified against keys from elsewhere."""
-    code = {"verified": "ok", "failed": "audit.failed"}.get(facts.verdict, "audit.untrusted")
-    data |= {"verdict": facts.verdict, "missing": facts.missing}
-    return Outcome(text, data, "", 0 if code == "ok" else 5, code)
+    registers = [asdict(found) for found in facts.registers]
+    data = {"registers": registers, "verdict": facts.verdict, "missing": facts.missing}
+    return _judged(facts.verdict, text, data)

@@ -6,16 +6,15 @@ with which the register was opened; each rule returns the first problem with its
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from common.audit.party import Party
-from common.audit.trust import Trust
+from common.audit.party import Party, studied
+from common.audit.spending import OWN, Costs, cap_of
 from common.ledger.entries import (
     Approval,
     Charge,
     Completed,
-    Membership,
     Opened,
     Outcome,
     PolicyChange,
@@ -26,28 +25,15 @@ from common.privacy.events import Event
 from common.privacy.filter import Cap, admits
 from common.study import NoDifferentialPrivacy
 
-_NO_ID: Final = "0" * 32
-
-
-def studied(charge: Charge) -> str:
-    """The manifest digest that a charge names, in hex."""
-    return str(charge.event.get("manifest_digest", ""))
-
-
-def charges(party: Party) -> Iterator[Charge]:
-    """The charges of a ledger, in order."""
-    return (entry for entry in party.entries if isinstance(entry, Charge))
-
 
 def computed(party: Party) -> list[Charge]:
     """The charges without those that a restore made, for rounds that nothing is known of."""
     reserved = _reserved(party)
-    return [charge for charge in charges(party) if charge.event_id not in reserved]
+    return [charge for charge in party.of(Charge) if charge.event_id not in reserved]
 
 
 def _reserved(party: Party) -> set[str]:
-    restored = (e for e in party.entries if isinstance(e, Outcome) and e.reason == "site_restored")
-    return {outcome.event_id for outcome in restored if outcome.ctx is None}
+    return {o.event_id for o in party.of(Outcome) if o.reason == "site_restored" and o.ctx is None}
 
 
 # -- hospitals ---------------------------------------------------------------------------------------------
@@ -55,7 +41,7 @@ def _reserved(party: Party) -> set[str]:
 
 def register(party: Party) -> str:
     """One register, opened before everything else: another one would begin at nothing spent."""
-    opened = [entry.seq for entry in party.entries if isinstance(entry, Opened)]
+    opened = [entry.seq for entry in party.of(Opened)]
     if opened[:1] != [0]:
         return "the ledger does not begin with the opening of its register"
     return f"entry {opened[1]} opens a second register, which begins at nothing spent" if opened[1:] else ""
@@ -63,8 +49,8 @@ def register(party: Party) -> str:
 
 def approvals(party: Party) -> str:
     """Nothing was approved that had expired."""
-    for entry in party.entries:
-        if isinstance(entry, Approval) and entry.decision == "approved" and entry.manifest in party.studies:
+    for entry in party.of(Approval):
+        if entry.decision == "approved" and entry.manifest in party.studies:
             expires = party.studies[entry.manifest][0].study.expires
             # As for charges: the clock is read for the study before the ledger takes its own time.
             if entry.time > expires:
@@ -86,14 +72,14 @@ def approved_before_charged(party: Party) -> str:
 def as_planned(party: Party) -> str:
     """Every charge is what its manifest gives for that round, once a round."""
     charged: set[tuple[str, int]] = set()
-    planned = {name: event.to_fields() for name, event in _planned(party).items()}
-    for entry in charges(party):
+    costs, admitted = Costs(), {name: study[2] for name, study in party.studies.items()}
+    planned = {name: costs.planned(a).to_fields() for name, a in admitted.items() if a is not None}
+    for entry in party.of(Charge):
         name = studied(entry)
         if name not in planned:
             return f"entry {entry.seq} charges study {name[:12]}, which is not there or cannot be run"
         study, fields = party.studies[name][0].study, entry.event
-        own = {key: fields.get(key, "") for key in ("event_id", "register_id", "round")}
-        expected = planned[name] | own
+        expected = planned[name] | _own(entry)
         if fields != expected:
             wrong = sorted(key for key in {*fields, *expected} if fields.get(key) != expected.get(key))
             return f"entry {entry.seq}: {', '.join(wrong)} of the event is not what the study gives"
@@ -108,29 +94,34 @@ def as_planned(party: Party) -> str:
     return ""
 
 
-def _planned(party: Party) -> Mapping[str, Event]:
-    """What each study charges for its first round: other rounds differ in the ids and their number alone."""
-    admitted = {name: study[2] for name, study in party.studies.items()}
-    return {name: a.event(_NO_ID, 1, 1, _NO_ID) for name, a in admitted.items() if a is not None}
+def _own(charge: Charge) -> dict[str, str | int]:
+    return {key: charge.event.get(key, "") for key in OWN}
+
+
+def _in_force(party: Party) -> Iterator[tuple[Charge, Rules | None]]:
+    """Each charge with the policy for it: none that the ledger states yet, and none for what a restore
+    charges, which may have been spent whatever the policy has said since."""
+    rules, reserved = None, _reserved(party)
+    for entry in party.entries:
+        if isinstance(entry, PolicyChange):
+            rules = entry.after
+        elif isinstance(entry, Charge):
+            yield entry, None if entry.event_id in reserved else rules
 
 
 def caps(party: Party) -> str:
     """The filter would have admitted every charge under the caps that were in force for it."""
-    opened = next((entry for entry in party.entries if isinstance(entry, Opened)), None)
+    opened = next(iter(party.of(Opened)), None)
     if opened is None:
         return "no register was opened"
-    mine, force, reserved = list[Charge](), list[Cap](), _reserved(party)
-    now = limit = _cap(opened)
-    for entry in party.entries:
-        if isinstance(entry, PolicyChange):
-            now = _cap(entry.after)
-        elif isinstance(entry, Charge) and entry.register_id == opened.register_id:
-            # A restore charges what may have been spent, whatever the policy has said since.
-            force.append(limit if entry.event_id in reserved else now)
+    mine, force, limit = list[Charge](), list[Cap](), cap_of(opened)
+    for entry, rules in _in_force(party):
+        if entry.register_id == opened.register_id:
+            force.append(cap_of(rules) if rules else limit)
             mine.append(entry)
             if _raised(force[-1], limit):
                 return f"entry {entry.seq} is charged under caps above those of the register"
-    history = list(_events(party, mine))
+    history = _events(mine)
     closed = next((at for at, event in enumerate(history) if event.kind == "no_dp"), len(history))
     for entry, event in zip(mine[closed:], history[closed:], strict=True):
         if event.kind != "no_dp":
@@ -143,11 +134,6 @@ def caps(party: Party) -> str:
     last = {cap: at for at, cap in enumerate(force[:closed])}
     wrong = [mine[_first(cap, force, over)].seq for cap, at in last.items() if over(at, cap)]
     return f"entry {min(wrong)} charges more than the caps in force admit" if wrong else ""
-
-
-def _cap(said: Opened | Rules) -> Cap:
-    epsilon_w = None if said.epsilon_w is None else float(said.epsilon_w)
-    return Cap(float(said.epsilon_t), epsilon_w, float(said.delta))
 
 
 def _raised(cap: Cap, opened: Cap) -> bool:
@@ -163,49 +149,33 @@ def _first(cap: Cap, force: list[Cap], over: Callable[[int, Cap], bool]) -> int:
 
 def policy(party: Party) -> str:
     """Every charge is of a study that the policy allowed then, as far as the ledger says what it was."""
-    rules: Rules | None = None
-    reserved = _reserved(party)
-    for entry in party.entries:
-        if isinstance(entry, PolicyChange):
-            rules = entry.after
-        elif (
-            isinstance(entry, Charge)
-            and rules is not None
-            and entry.event_id not in reserved
-            and studied(entry) in party.studies
-        ):
-            manifest = party.studies[studied(entry)][0]
-            aggregation = manifest.study.aggregation
-            private = not isinstance(manifest.study.privacy, NoDifferentialPrivacy)
-            allowed = manifest.coordinator in rules.coordinators
-            allowed = allowed and (private or rules.without_differential_privacy)
-            allowed = allowed and aggregation.minimum_hospitals >= rules.minimum_hospitals
-            if not allowed or aggregation.deadline_s > 60 * rules.max_round_minutes:
-                return (
-                    f"entry {entry.seq} charges study {studied(entry)[:12]}, which the policy did not allow"
-                )
+    for entry, rules in _in_force(party):
+        if rules is None or studied(entry) not in party.studies:
+            continue
+        manifest = party.studies[studied(entry)][0]
+        aggregation = manifest.study.aggregation
+        private = not isinstance(manifest.study.privacy, NoDifferentialPrivacy)
+        allowed = manifest.coordinator in rules.coordinators
+        allowed = allowed and (private or rules.without_differential_privacy)
+        allowed = allowed and aggregation.minimum_hospitals >= rules.minimum_hospitals
+        if not allowed or aggregation.deadline_s > 60 * rules.max_round_minutes:
+            return f"entry {entry.seq} charges study {studied(entry)[:12]}, which the policy did not allow"
     return ""
 
 
-def _events(party: Party, entries: list[Charge]) -> Iterator[Event]:
-    """The charges as events; a copy of the study's is a hundred times cheaper than reading one anew."""
-    planned = _planned(party)
-    fields = {name: event.to_fields() for name, event in planned.items()}
-    for entry in entries:
-        name = studied(entry)
-        own = {key: entry.event.get(key, "") for key in ("event_id", "register_id", "round")}
-        if name in planned and entry.event == fields[name] | own:
-            yield planned[name].model_copy(update=own)
-        else:
-            yield Event.from_fields(entry.event)
+def _events(charges: list[Charge]) -> list[Event]:
+    """The charges as events; a copy of one like it is a hundred times cheaper than reading one anew."""
+    costs = Costs()
+    return [
+        (costs.kind(charge.event) or Event.from_fields(charge.event)).model_copy(update=_own(charge))
+        for charge in charges
+    ]
 
 
 def outcomes(party: Party) -> str:
     """A result came back only of an upload that was recorded before its first byte left."""
     started: set[tuple[str, str | None]] = set()
-    for entry in party.entries:
-        if not isinstance(entry, Outcome):
-            continue
+    for entry in party.of(Outcome):
         if (entry.state == "released") != (entry.ctx is not None):
             return f"entry {entry.seq} says that a result left without naming it, or the reverse"
         if entry.reason == "upload_started":
@@ -218,44 +188,21 @@ def outcomes(party: Party) -> str:
 def same_hospitals(party: Party) -> str:
     """Without differential privacy every round has all members, and every study the same ones (I12)."""
     first: set[int] = set()
-    for seq, name, cohort in _without_privacy(party):
-        members = {member.id for member in party.studies[name][0].members}
-        minimum = party.studies[name][0].study.aggregation.minimum_hospitals
+    for entry in party.entries:
+        found = party.studies.get(studied(entry)) if isinstance(entry, Charge | Completed) else None
+        if found is None or not isinstance(found[0].study.privacy, NoDifferentialPrivacy):
+            continue
+        members = {member.id for member in found[0].members}
+        cohort = set(entry.cohort) if isinstance(entry, Completed) else members
+        minimum = found[0].study.aggregation.minimum_hospitals
         if cohort != members or minimum != len(members) or (first and party.id and members != first):
-            return f"entry {seq}: without differential privacy the hospitals must be all, and always the same"
+            rule = "without differential privacy the hospitals must be all, and always the same"
+            return f"entry {entry.seq}: {rule}"
         first = members
     return ""
 
 
-def _without_privacy(party: Party) -> Iterator[tuple[int, str, set[int]]]:
-    for entry in party.entries:
-        if not isinstance(entry, Charge | Completed):
-            continue
-        name = studied(entry) if isinstance(entry, Charge) else entry.manifest
-        if name in party.studies and isinstance(party.studies[name][0].study.privacy, NoDifferentialPrivacy):
-            members = {member.id for member in party.studies[name][0].members}
-            yield entry.seq, name, set(entry.cohort) if isinstance(entry, Completed) else members
-
-
 # -- the hub -----------------------------------------------------------------------------------------------
-
-
-def memberships(party: Party, trust: Trust) -> str:
-    """Every trusted hospital was admitted with its fingerprint."""
-    admitted = admitted_fingerprints(party)
-    for member in trust.roster.members:
-        if admitted.get(member.id) != member.fingerprint:
-            return f"the ledger does not say that {member.name} was admitted, or with other keys"
-    return ""
-
-
-def admitted_fingerprints(hub: Party) -> Mapping[int, str]:
-    """The fingerprint of every hospital that the hub's ledger says was ever admitted, by id."""
-    return {
-        entry.id: entry.fingerprint
-        for entry in hub.entries
-        if isinstance(entry, Membership) and entry.decision == "admitted"
-    }
 
 
 def completions(party: Party) -> str:

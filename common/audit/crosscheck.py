@@ -5,10 +5,11 @@ older, forked or shortened ledger contradicts a head that somebody has seen; a s
 charged by everyone in it; each rule returns the first problem, naming the parties, or an empty text.
 """
 
-from common.audit.conduct import admitted_fingerprints, charges, computed, studied
-from common.audit.party import Party, Roots, named_studies
+from common.audit.conduct import computed
+from common.audit.party import Party, Roots, named_studies, studied
+from common.audit.spending import round_of
 from common.audit.trust import Trust
-from common.ledger.entries import Completed, Outcome, Restored, Submission
+from common.ledger.entries import Charge, Completed, Membership, Outcome, Restored, Submission
 from common.secagg import records
 
 
@@ -26,9 +27,8 @@ def cosignatures(party: Party, trust: Trust, roots: Roots) -> str:
     """The head that others cosigned is of this ledger, and what was done upon it had enough of them."""
     offer = party.cosigned
     if offer is None:
-        opened = (entry for entry in party.entries if isinstance(entry, Completed))
-        first = next((entry.seq for entry in (*opened, *computed(party))), None)
-        return "" if first is None else f"entry {first} was made without any head that others had cosigned"
+        done = [entry.seq for entry in (*party.of(Completed), *computed(party))]
+        return f"entry {done[0]} was made without any head that others had cosigned" if done else ""
     head, study = offer.head, party.studies.get(offer.head.man.hex())
     if study is None:
         return "the head that others cosigned is of a study that is not there"
@@ -45,15 +45,12 @@ def cosignatures(party: Party, trust: Trust, roots: Roots) -> str:
         key = roster.member(cosign.id).ledger_key
         records.check_signature(cosign, head.man, key, f"the ledger key of site {cosign.id}")
     needed = manifest.study.aggregation.colluders + 1
-    if (head.man.hex(), head.round) in _rounds(party) and len(offer.cosigns) < needed:
+    # The rounds that a hospital computed, or the hub completed.
+    rounds = {(entry.manifest, entry.round) for entry in party.of(Completed)}
+    rounds |= {(studied(charge), round_of(charge)) for charge in computed(party)}
+    if (head.man.hex(), head.round) in rounds and len(offer.cosigns) < needed:
         return f"round {head.round} was made with {len(offer.cosigns)} cosignatures, {needed} are needed"
     return ""
-
-
-def _rounds(party: Party) -> set[tuple[str, int | str | None]]:
-    """The rounds that a hospital computed, or the hub completed: (manifest digest, number)."""
-    opened = {(entry.manifest, entry.round) for entry in party.entries if isinstance(entry, Completed)}
-    return opened | {(studied(charge), charge.event.get("round")) for charge in computed(party)}
 
 
 def as_seen(party: Party, witness: Party, roots: Roots) -> str:
@@ -65,8 +62,7 @@ def as_seen(party: Party, witness: Party, roots: Roots) -> str:
         wrong = f"this ledger is another than {witness.name} saw: its first {head.size} entries differ"
     else:
         return ""
-    restored = any(isinstance(entry, Restored) for entry in party.entries)
-    return f"{wrong}; it says that it was restored from a backup" if restored else wrong
+    return f"{wrong}; it says that it was restored from a backup" if party.of(Restored) else wrong
 
 
 def remembers(party: Party, other: Party) -> str:
@@ -75,6 +71,20 @@ def remembers(party: Party, other: Party) -> str:
     if offer is None or (seen is not None and seen.size >= offer.head.size):
         return ""
     return f"it cosigned {offer.head.size} entries of {other.name}, and shows an older head of that ledger"
+
+
+def memberships(party: Party, trust: Trust) -> str:
+    """Every trusted hospital was admitted with its fingerprint."""
+    admitted = admitted_fingerprints(party)
+    for member in trust.roster.members:
+        if admitted.get(member.id) != member.fingerprint:
+            return f"the ledger does not say that {member.name} was admitted, or with other keys"
+    return ""
+
+
+def admitted_fingerprints(hub: Party) -> dict[int, str]:
+    """The fingerprint of every hospital that the hub's ledger says was ever admitted, by id."""
+    return {said.id: said.fingerprint for said in hub.of(Membership) if said.decision == "admitted"}
 
 
 def members_known(party: Party, trust: Trust, hub: Party | None) -> str:
@@ -91,15 +101,15 @@ def members_known(party: Party, trust: Trust, hub: Party | None) -> str:
 
 def charged_as_completed(site: Party, hub: Party) -> str:
     """Every sum that the hub opened over this hospital was charged here, and its upload recorded."""
-    rounds = {charge.event_id: (studied(charge), charge.event.get("round")) for charge in charges(site)}
+    rounds = {charge.event_id: (studied(charge), round_of(charge)) for charge in site.of(Charge)}
     charged = set(rounds.values())
     uploaded = {
         (rounds.get(entry.event_id), entry.ctx)
-        for entry in site.entries
-        if isinstance(entry, Outcome) and entry.reason == "upload_started"
+        for entry in site.of(Outcome)
+        if entry.reason == "upload_started"
     }
-    for entry in hub.entries:
-        if isinstance(entry, Completed) and site.id in entry.cohort:
+    for entry in hub.of(Completed):
+        if site.id in entry.cohort:
             done = (entry.manifest, entry.round)
             where = f"round {entry.round} of study {entry.manifest[:12]}, entry {entry.seq} of the hub"
             if done not in charged:
@@ -111,12 +121,12 @@ def charged_as_completed(site: Party, hub: Party) -> str:
 
 def completed_as_said(site: Party, hub: Party) -> str:
     """The hub's ledger has every study that this hospital used, and every result that it had."""
-    opened = {entry.ctx for entry in hub.entries if isinstance(entry, Completed)}
-    submitted = {entry.manifest for entry in hub.entries if isinstance(entry, Submission)}
+    opened = {entry.ctx for entry in hub.of(Completed)}
+    submitted = {entry.manifest for entry in hub.of(Submission)}
     for seq, name in named_studies(site.entries):
         if name not in submitted:
             return f"the hub's ledger does not have study {name[:12]} of entry {seq}, or is older"
-    for entry in site.entries:
-        if isinstance(entry, Outcome) and entry.reason == "completed" and entry.ctx not in opened:
+    for entry in site.of(Outcome):
+        if entry.reason == "completed" and entry.ctx not in opened:
             return f"the hub's ledger does not have the result of entry {entry.seq}, or is older"
     return ""

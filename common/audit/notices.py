@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from common.audit.party import Study
-from common.audit.spending import Hospital, completions, endings, round_of
+from common.audit.party import Party, Study
+from common.audit.spending import Hospital, Hub, round_of
 from common.audit.verify import Verification
-from common.ledger.entries import Membership, Pause, PolicyChange, Restored
+from common.ledger.entries import Membership
 from common.roster import Roster
 from common.study import NoDifferentialPrivacy
 
@@ -52,49 +52,38 @@ class Notice:
 
 
 def notices(
-    verification: Verification, hospitals: Sequence[Hospital], studies: Mapping[str, Study]
+    verification: Verification, hospitals: Sequence[Hospital], hub: Hub, studies: Mapping[str, Study]
 ) -> tuple[Notice, ...]:
     """All notices by KINDS, then as the ledgers have them.
 
     Guarantee: exceptions_stand_in_their_order - the gravest kind first, none left out.
     """
+    failed = [check for check in verification.checks if not check.passed]
     found = [
-        *(
-            Notice("failed check", c.party, "", f"{c.name}: {c.detail}")
-            for c in verification.checks
-            if not c.passed
-        ),
-        *_of_studies(verification, hospitals, studies),
+        *(Notice("failed check", check.party, "", f"{check.name}: {check.detail}") for check in failed),
+        *_of_studies(hub, hospitals, studies),
         *(notice for hospital in hospitals for notice in _of_hospital(hospital, studies)),
-        *_of_hub(verification),
+        *_of_ledgers(verification.parties),
     ]
     return tuple(sorted(found, key=lambda notice: KINDS.index(notice.kind)))
 
 
-def _of_studies(
-    verification: Verification, hospitals: Sequence[Hospital], studies: Mapping[str, Study]
-) -> Iterator[Notice]:
-    ended, completed = endings(verification.parties), completions(verification.parties)
+def _of_studies(hub: Hub, hospitals: Sequence[Hospital], studies: Mapping[str, Study]) -> Iterator[Notice]:
     for digest, (manifest, _, _) in studies.items():
         name = label(digest, studies)
         if isinstance(manifest.study.privacy, NoDifferentialPrivacy):
             charged = ", ".join(h.name for h in hospitals if digest in h.by_study) or "no hospital yet"
-            text = (
-                f"{name} runs without differential privacy: charged at {charged}, epsilon infinite for ever"
-            )
-            yield Notice("no differential privacy", "", "", text)
-        if digest in ended and ended[digest].status != "done":
-            text = f"{name} ended as {ended[digest].status}"
-            yield Notice("refused or ended early", "hub", ended[digest].time, text)
-        members = {party.id: party.name for party in manifest.members}
-        for done in completed.get(digest, ()):
-            absent = [member for number, member in members.items() if number not in done.cohort]
-            if absent:
-                text = f"{name}, round {done.round}: over {len(done.cohort)} of {len(members)}, without "
-                yield Notice("smaller cohort", "hub", done.time, text + ", ".join(absent))
+            text = f"{name} runs without differential privacy: charged at {charged}, epsilon infinite "
+            yield Notice("no differential privacy", "", "", text + "for ever")
+        ended = hub.ended.get(digest)
+        if ended and ended.status != "done":
+            yield Notice("refused or ended early", "hub", ended.time, f"{name} ended as {ended.status}")
+        for done in hub.completed.get(digest, ()):
+            if absent := [party.name for party in manifest.members if party.id not in done.cohort]:
+                over = f"over {len(done.cohort)} of {len(manifest.members)}, without {', '.join(absent)}"
+                yield Notice("smaller cohort", "hub", done.time, f"{name}, round {done.round}: {over}")
     for (_, (earlier, before, _)), (_, (later, after, _)) in pairwise(studies.items()):
-        changes = roster_changes(before, after)
-        if changes:
+        if changes := roster_changes(before, after):
             text = f"between {earlier.study.name} and {later.study.name}: {'; '.join(changes)}"
             yield Notice("changed roster", "", "", text)
 
@@ -109,45 +98,41 @@ def _of_hospital(hospital: Hospital, studies: Mapping[str, Study]) -> Iterator[N
             about = label(event.manifest_digest, studies)
             text = f"entry {charge.seq} declares {event.reason or 'something'} for {about}"
             yield Notice("declared event", name, charge.time, text)
-    for entry in hospital.entries:
-        if isinstance(entry, Restored):
-            text = f"entry {entry.seq}: restored from a backup, its register is closed: {entry.reason}"
-            yield Notice("restored", name, entry.time, text)
-        elif isinstance(entry, Pause):
-            yield Notice("pause", name, entry.time, f"entry {entry.seq}: {entry.decision}: {entry.reason}")
-        elif isinstance(entry, PolicyChange) and entry.before is not None:
-            old, new = (rules.model_dump(mode="json") for rules in (entry.before, entry.after))
+    for back in hospital.restores:
+        text = f"entry {back.seq}: restored from a backup, its register is closed: {back.reason}"
+        yield Notice("restored", name, back.time, text)
+    for pause in hospital.pauses:
+        yield Notice("pause", name, pause.time, f"entry {pause.seq}: {pause.decision}: {pause.reason}")
+    for change in hospital.changes:
+        if change.before is not None:
+            old, new = (rules.model_dump(mode="json") for rules in (change.before, change.after))
             changed = [f"{key} was {old[key]}, is {new[key]}" for key in old if old[key] != new[key]]
-            yield Notice("policy change", name, entry.time, f"entry {entry.seq}: {'; '.join(changed)}")
-    for digest, decisions in hospital.decisions.items():
-        for entry in decisions:
-            if entry.decision == "denied":
-                text = f"entry {entry.seq} denies {label(digest, studies)}: {entry.reason}"
-                yield Notice("refused or ended early", name, entry.time, text)
+            yield Notice("policy change", name, change.time, f"entry {change.seq}: {'; '.join(changed)}")
+    for said in (entry for decisions in hospital.decisions.values() for entry in decisions):
+        if said.decision == "denied":
+            text = f"entry {said.seq} denies {label(said.manifest, studies)}: {said.reason}"
+            yield Notice("refused or ended early", name, said.time, text)
     cap = hospital.cap
     if hospital.opened and (cap is None or cap.delta > LARGEST_DELTA):
         text = f"delta is {hospital.opened.delta}, above 0.00001: allowed by an override by name"
         yield Notice("large delta", name, hospital.opened.time, text)
     for digest, charges in hospital.by_study.items():
-        lost = [charge for charge in charges if not hospital.completed(charge)]
-        if lost:
+        if lost := [charge for charge in charges if not hospital.completed(charge)]:
             rounds = ", ".join(str(round_of(charge)) for charge in lost)
             count = f"{len(lost)} of {len(charges)} charged rounds have no result: round"
             text = f"{label(digest, studies)}: {count} {rounds}"
             yield Notice("charged without a result", name, lost[-1].time, text)
 
 
-def _of_hub(verification: Verification) -> Iterator[Notice]:
-    for party in verification.parties:
-        for entry in party.entries:
-            if isinstance(entry, Membership) and entry.decision == "revoked":
+def _of_ledgers(parties: Sequence[Party]) -> Iterator[Notice]:
+    for party in parties:
+        for entry in party.of(Membership):
+            if entry.decision == "revoked":
                 text = f"entry {entry.seq} revokes {entry.name}, {entry.fingerprint}"
                 yield Notice("changed roster", party.name, entry.time, text)
         if party.cosigned is None or not party.cosigned.cosigns:
-            text = (
-                "no hospital has cosigned a head of this ledger: a copy of it from before could not be told"
-            )
-            yield Notice("never cosigned", party.name, "", text)
+            text = "no hospital has cosigned a head of this ledger: a copy of it from before could not be "
+            yield Notice("never cosigned", party.name, "", text + "told")
 
 
 def roster_changes(before: Roster, after: Roster) -> list[str]:

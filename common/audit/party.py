@@ -8,7 +8,8 @@ verify is not used by later checks, whatever stands in the file.
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, get_args
+from functools import partial
+from typing import Final, TypeVar, get_args
 
 from common.admissible import Admitted, check
 from common.audit.evidence import Evidence
@@ -16,7 +17,7 @@ from common.audit.trust import Trust
 from common.encoding import digest
 from common.errors import RefusedError, UsageError, VerificationError, WardroundError
 from common.identity import key_text
-from common.ledger.entries import Approval, Charge, Entry, HubEntry, Submission, decode
+from common.ledger.entries import Approval, Charge, Completed, Ended, Entry, HubEntry, Submission, decode
 from common.ledger.history import History
 from common.ledger.notes import Checkpoint, note_of, open_note, origin_of, read_checkpoint
 from common.ledger.tree import Frontier, leaf_hash
@@ -28,6 +29,8 @@ from common.study import Manifest
 from common.witness import HUB, Offer, Witness
 
 HUB_NAME: Final = "hub"
+
+E = TypeVar("E", bound=Entry)
 
 Study = tuple[Manifest, Roster, Admitted | None]
 Studies = Mapping[str, Study]
@@ -70,6 +73,10 @@ class Party:
     seen: Mapping[int, Head] = field(default_factory=dict)
     cosigned: Offer | None = None
 
+    def of(self, kind: type[E]) -> list[E]:
+        """The entries of one kind, in order."""
+        return [entry for entry in self.entries if isinstance(entry, kind)]
+
 
 def checked(party: str, name: str, good: str, rule: Callable[[], str]) -> Check:
     """The check that ``rule`` makes: it returns or raises what is wrong; otherwise ``good`` is said."""
@@ -94,9 +101,10 @@ def read_party(evidence: Evidence, trust: Trust) -> tuple[Party, list[Check]]:
     party = Party(evidence.party, name, evidence, entries, checkpoint, studies, seen, cosigned)
     whole = f"{len(evidence.leaves)} entries decode and follow each other"
     others = f"heads of others, each signed by its owner: {len(seen)}"
+    own_roster = partial(evidence.roster.verify, trust.hub_key)
     table: tuple[tuple[str, str, Callable[[], str]], ...] = (
         ("identity", "it is this party of the trusted roster", lambda: _identity(evidence, trust, known)),
-        ("roster", "its roster agrees with the trusted one", lambda: _own_roster(evidence, trust)),
+        ("roster", "its roster agrees with the trusted one", lambda: replaced(own_roster(), trust.roster)),
         ("leaves", whole, lambda: wrong_leaf),
         ("actor", "every entry was written under the trusted ledger key", lambda: _actor(party, trust)),
         ("head-signature", "the head is signed by the trusted ledger key", lambda: wrong_head),
@@ -152,13 +160,19 @@ def read_head(note: str, public: bytes) -> Checkpoint:
     return checkpoint
 
 
+def studied(entry: Entry) -> str:
+    """The digest in hex of the manifest that an entry is about, empty for none."""
+    if isinstance(entry, Charge):
+        return str(entry.event.get("manifest_digest", ""))
+    return entry.manifest if isinstance(entry, Approval | Submission | Completed | Ended) else ""
+
+
 def named_studies(entries: Iterable[Entry]) -> Iterator[tuple[int, str]]:
     """(entry number, manifest digest) of each entry that decides on, submits or charges a study."""
     for entry in entries:
-        if isinstance(entry, Charge):
-            yield entry.seq, str(entry.event.get("manifest_digest", ""))
-        elif isinstance(entry, Submission) or (isinstance(entry, Approval) and entry.decision == "approved"):
-            yield entry.seq, entry.manifest
+        approved = isinstance(entry, Approval) and entry.decision == "approved"
+        if approved or isinstance(entry, Charge | Submission):
+            yield entry.seq, studied(entry)
 
 
 def replaced(roster: Roster, trusted: Roster) -> str:
@@ -186,16 +200,12 @@ def _identity(evidence: Evidence, trust: Trust, known: Mapping[int, str]) -> str
     return "" if evidence.hub_key == trust.hub_key else "it names another hub key than the trusted one"
 
 
-def _own_roster(evidence: Evidence, trust: Trust) -> str:
-    return replaced(evidence.roster.verify(trust.hub_key), trust.roster)
-
-
 def _actor(party: Party, trust: Trust) -> str:
     key = key_text(trust.ledger_key(party.id))
-    strange = next((entry.seq for entry in party.entries if entry.actor != key), None)
-    return (
-        "" if strange is None else f"entry {strange} was written under another key: it is not of this ledger"
-    )
+    for entry in party.entries:
+        if entry.actor != key:
+            return f"entry {entry.seq} was written under another key: it is not of this ledger"
+    return ""
 
 
 def _read_head(evidence: Evidence, trust: Trust) -> tuple[Checkpoint | None, str]:

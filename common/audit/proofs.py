@@ -58,8 +58,8 @@ def prove(evidence: Evidence, index: int, public: bytes) -> str:
         raise UsageError("audit.entry", problem, remedy="See 'wardround audit log' for their numbers.")
     leaf = evidence.leaves[index]
     path = inclusion_proof([leaf_hash(each) for each in evidence.leaves], index)
-    lines = [HEADER, f"extra {base64_text(leaf)}", f"index {index}", *map(base64_text, path), "", evidence.head]
-    proof = "\n".join(lines)
+    lines = [HEADER, f"extra {base64_text(leaf)}", f"index {index}", *map(base64_text, path)]
+    proof = "\n".join((*lines, "", evidence.head))
     verify_proof(proof, public)
     return proof
 

@@ -8,28 +8,17 @@ computed once, for all hospitals.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
 from typing import Final
 
 from common.admissible import Admitted
-from common.audit.conduct import studied
-from common.audit.party import Party, Study
+from common.audit.party import E, Party, Study, studied
 from common.errors import UsageError
-from common.ledger.entries import (
-    Approval,
-    Charge,
-    Completed,
-    Ended,
-    Opened,
-    Outcome,
-    PolicyChange,
-    Restored,
-    Rules,
-    Submission,
-)
+from common.ledger import entries as leaves
+from common.ledger.entries import Charge, Opened, Outcome, Rules
 from common.privacy.accountant import Term, View, compose_epsilon
 from common.privacy.clipping import z_threshold, z_worst
 from common.privacy.events import Event
@@ -39,8 +28,10 @@ from common.witness import HUB
 LARGEST_SAMPLED: Final = 32.0
 """A Poisson-sampled composition above this epsilon is shown as infinite: it would take too long."""
 
+OWN: Final = frozenset({"event_id", "register_id", "round"})
+"""The fields in which the events of one study differ."""
+
 _NO_ID: Final = "0" * 32
-_SINGLE: Final = frozenset({"event_id", "register_id", "round", "attempt", "state", "reason"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +49,12 @@ class Costs:
     """Epsilons of events, each computed once."""
 
     def __init__(self) -> None:
-        self._kinds: dict[tuple[tuple[str, str | int], ...], Event | None] = {}
+        self._kinds: dict[frozenset[tuple[str, str | int]], Event | None] = {}
         self._known: dict[object, Epsilons] = {}
 
     def kind(self, fields: Mapping[str, str | int]) -> Event | None:
-        """One event for all that differ in id, register and round alone; None for what is no event."""
-        same = tuple(sorted(item for item in fields.items() if item[0] not in _SINGLE))
+        """One event for all that differ in OWN alone; None for what is no event."""
+        same = frozenset(item for item in fields.items() if item[0] not in OWN)
         if same not in self._kinds:
             try:
                 self._kinds[same] = Event.from_fields({**fields, "register_id": _NO_ID})
@@ -132,41 +123,29 @@ class Hospital:
     """One hospital's ledger, read for what it spent. ``events`` stand in the order of ``charges``."""
 
     def __init__(self, party: Party, costs: Costs) -> None:
-        self.id, self.name = party.id, party.name
-        self.entries = party.entries
-        self.charges = [entry for entry in party.entries if isinstance(entry, Charge)]
+        self.id, self.name, self.costs = party.id, party.name, costs
+        self.charges = party.of(Charge)
         self.events = [costs.kind(charge.event) for charge in self.charges]
-        self.opened = next((entry for entry in party.entries if isinstance(entry, Opened)), None)
-        changes = [entry for entry in party.entries if isinstance(entry, PolicyChange)]
-        self.policy = changes[-1].after if changes else None
-        self.restored = any(isinstance(entry, Restored) for entry in party.entries)
-        self.decisions: defaultdict[str, list[Approval]] = defaultdict(list)
-        self.outcomes: defaultdict[str, list[Outcome]] = defaultdict(list)
-        for entry in party.entries:
-            if isinstance(entry, Approval):
-                self.decisions[entry.manifest].append(entry)
-            elif isinstance(entry, Outcome):
-                self.outcomes[entry.event_id].append(entry)
-
-    @cached_property
-    def by_study(self) -> dict[str, list[Charge]]:
-        """The charges of each manifest digest, in order."""
-        found: defaultdict[str, list[Charge]] = defaultdict(list)
-        for charge in self.charges:
-            found[studied(charge)].append(charge)
-        return dict(found)
+        self.opened = next(iter(party.of(Opened)), None)
+        self.changes, self.pauses = party.of(leaves.PolicyChange), party.of(leaves.Pause)
+        self.restores = party.of(leaves.Restored)
+        self.by_study = by_key(self.charges, studied)
+        self.decisions = by_key(party.of(leaves.Approval), studied)
+        self.outcomes = by_key(party.of(Outcome), lambda outcome: outcome.event_id)
 
     @property
     def cap(self) -> Cap | None:
         """The caps with which the register was opened, None when there are none to speak of."""
-        return None if self.opened is None else _cap(self.opened)
+        return None if self.opened is None else _sound_cap(self.opened)
 
     @property
     def cap_in_force(self) -> Cap | None:
         """The caps that the ledger last says of the policy, and never above the first."""
-        first = self.cap
-        if first is None or self.policy is None or (now := _cap(self.policy)) is None:
-            return first if self.policy is None else None
+        first, now = self.cap, self.cap
+        if self.changes:
+            now = _sound_cap(self.changes[-1].after)
+        if first is None or now is None:
+            return None
         epsilon_w = None
         if first.epsilon_w is not None and now.epsilon_w is not None:
             epsilon_w = min(first.epsilon_w, now.epsilon_w)
@@ -179,19 +158,42 @@ class Hospital:
 
     def completed(self, charge: Charge) -> bool:
         """Whether the result of a charged round came."""
-        return any(outcome.reason == "completed" for outcome in self.outcomes[charge.event_id])
+        return any(outcome.reason == "completed" for outcome in self.outcomes.get(charge.event_id, ()))
 
     def approves(self, digest: str) -> bool:
         """Whether the last decision on a study was to approve it."""
-        return self.decisions[digest][-1].decision == "approved" if digest in self.decisions else False
+        return digest in self.decisions and self.decisions[digest][-1].decision == "approved"
 
 
-def _cap(said: Opened | Rules) -> Cap | None:
+class Hub:
+    """What the hub's ledger says of studies, by digest; nothing where its evidence is not there."""
+
+    def __init__(self, parties: Sequence[Party]) -> None:
+        hub = next((party for party in parties if party.id == HUB and party.entries), None)
+        self.shown = hub is not None
+        self.submitted = {entry.manifest: entry for entry in (hub.of(leaves.Submission) if hub else ())}
+        self.ended = {entry.manifest: entry for entry in (hub.of(leaves.Ended) if hub else ())}
+        self.completed = by_key(hub.of(leaves.Completed) if hub else (), studied)
+
+
+def by_key(entries: Iterable[E], key: Callable[[E], str]) -> dict[str, list[E]]:
+    """Entries by what ``key`` says of each, in order."""
+    found: defaultdict[str, list[E]] = defaultdict(list)
+    for entry in entries:
+        found[key(entry)].append(entry)
+    return dict(found)
+
+
+def cap_of(said: Opened | Rules) -> Cap:
+    """The caps that an entry states. Raises UsageError for such as no register can have."""
     epsilon_w = None if said.epsilon_w is None else float(said.epsilon_w)
-    try:
-        return Cap(float(said.epsilon_t), epsilon_w, float(said.delta))
-    except UsageError:
-        return None
+    return Cap(float(said.epsilon_t), epsilon_w, float(said.delta))
+
+
+def _sound_cap(said: Opened | Rules) -> Cap | None:
+    with suppress(UsageError):
+        return cap_of(said)
+    return None
 
 
 def round_of(charge: Charge) -> int:
@@ -203,25 +205,10 @@ def round_of(charge: Charge) -> int:
 def studies_in_order(parties: Sequence[Party]) -> dict[str, Study]:
     """Every study that a party shows, by digest, in the order of the ledgers, the hub's first."""
     shown = {digest: study for party in parties for digest, study in sorted(party.studies.items())}
-    mentioned: dict[str, None] = {}
-    for party in sorted(parties, key=lambda party: party.id):
-        for entry in party.entries:
-            if isinstance(entry, Submission | Approval):
-                mentioned.setdefault(entry.manifest)
+    mentioned = (
+        entry.manifest
+        for party in sorted(parties, key=lambda party: party.id)
+        for entry in party.entries
+        if isinstance(entry, leaves.Submission | leaves.Approval)
+    )
     return {digest: shown[digest] for digest in (*mentioned, *sorted(shown)) if digest in shown}
-
-
-def endings(parties: Sequence[Party]) -> dict[str, Ended]:
-    """How each ended study ended, as far as the hub's evidence is there."""
-    hub = [entry for party in parties if party.id == HUB for entry in party.entries]
-    return {entry.manifest: entry for entry in hub if isinstance(entry, Ended)}
-
-
-def completions(parties: Sequence[Party]) -> dict[str, list[Completed]]:
-    """The completed rounds of each study by the hub's ledger."""
-    found: defaultdict[str, list[Completed]] = defaultdict(list)
-    for party in parties:
-        for entry in party.entries:
-            if isinstance(entry, Completed):
-                found[entry.manifest].append(entry)
-    return dict(found)

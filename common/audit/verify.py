@@ -16,8 +16,6 @@ from common.audit.trust import Trust, claimed
 from common.errors import UsageError
 from common.witness import HUB
 
-__all__ = ["Check", "Party", "Verification", "verify"]
-
 Rule = tuple[str, str, Callable[[], str]]
 """A slug, what is said when it holds, and the rule itself."""
 
@@ -39,6 +37,13 @@ class Verification:
     def passed(self) -> bool:
         """Whether every check holds."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """In words: verified, failed or self-consistent only."""
+        if not self.passed:
+            return "failed"
+        return "verified" if self.trusted else "self-consistent only"
 
 
 def verify(evidences: Sequence[Evidence], trust: Trust | None) -> Verification:
@@ -94,7 +99,7 @@ def _rules(party: Party, hub: Party | None, trust: Trust, by_size: Roots) -> Ite
     yield "study-members", known, partial(crosscheck.members_known, party, trust, hub)
     if party.id == HUB:
         joined = "every trusted hospital was admitted with its fingerprint"
-        yield "membership", joined, partial(conduct.memberships, party, trust)
+        yield "membership", joined, partial(crosscheck.memberships, party, trust)
     for name, good, rule in conduct.HUB_RULES if party.id == HUB else conduct.SITE_RULES:
         yield name, good, partial(rule, party)
     if hub is not None and party.id != HUB:
