@@ -47,7 +47,7 @@ class Heads:
                 cosigned = self._witness.cosign(man, every(found, records.Head), keys, self._sign)
                 for party in sorted(self._witness.contradicted):
                     log.warning(
-                        "%s: the ledger of site %d is older or another than the one seen here: not cosigned",
+                        "%s: a head of party %d is older than the last seen here, or another's: not cosigned",
                         run.label, party,
                     )  # fmt: skip
                 return (cosigned,)

@@ -84,8 +84,8 @@ class Witness:
 
         ``keys`` are the ledger keys of the study's parties by id, the hub's under 0.
 
-        Raises: VerificationError for a head of another study, a stranger's, or one not signed by its owner;
-        RefusedError when the hub's own ledger was rolled back. Nothing is remembered then.
+        Raises: VerificationError for a head of another study, a stranger's, or one not signed by its owner.
+        Nothing is remembered then.
         """
         given = list(heads)
         for head in given:
@@ -94,9 +94,6 @@ class Witness:
             records.check_signature(head, man, keys[head.id], f"the ledger key of party {head.id}")
         found = {head.id: (head, self._relation(head)) for head in given}
         self.contradicted = {party for party, (_, relation) in found.items() if relation == "contradicts"}
-        if HUB in self.contradicted:
-            problem = "the hub's ledger is older or another than the one seen here before"
-            raise RefusedError("witness.hub", problem, remedy="Tell the coordinator; keep both evidences.")
         good = {party: head for party, (head, relation) in found.items() if relation == "extends"}
         if good:
             self.seen |= good

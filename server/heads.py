@@ -28,7 +28,7 @@ from server.store import HeadRow, Store
 
 log = logging.getLogger("wardround.hub.rounds")
 
-TRIES: Final = 3
+TRIES: Final = 5
 SPARE_COSIGNERS: Final = 2
 LATE_S: Final = 5.0
 KEPT_SIZES: Final = 48
@@ -55,14 +55,15 @@ class Heads:
             row.party: records.decode(Head, row.head) for row in store.heads() if row.party in self._keys
         }
         self._sizes: defaultdict[int, list[int]] = defaultdict(list)
-        for party, head in self._witness.seen.items():
-            self._sizes[party].append(head.size)
 
     def cosigned(self, number: int, sites: Collection[int]) -> set[int]:
         """Let ``sites`` cosign each other's heads for a round; who has enough cosignatures, and was told.
 
-        Asked again, with the proofs that were missing, when somebody remembers another size than expected.
+        Asked again, with the proofs that were missing, when somebody remembers another size than expected:
+        another study of the same hospitals may have shown a later head meanwhile.
         """
+        for row in self._store.heads():
+            self._sizes[row.party].append(row.size)
         heads: dict[int, Head] = {}
         cosigns: dict[int, dict[int, Cosign]] = {}
         for _ in range(TRIES):
@@ -71,7 +72,8 @@ class Heads:
             if not any(refused.values()):
                 break
             for party, sizes in refused.items():
-                self._sizes[party] += sorted(sizes)
+                # Who claims to have seen more than a ledger has is not believed: it would be asked for it.
+                self._sizes[party] += sorted(size for size in sizes if size <= heads[party].size)
         self._keep(heads, cosigns)
         enough = {site for site in heads if site and len(cosigns[site]) > self._params.t}
         for site in enough:
@@ -102,7 +104,7 @@ class Heads:
             self._sign,
         )
         for party, head in heads.items():
-            self._sizes[party] = [*self._sizes[party], head.size][-KEPT_SIZES:]
+            self._sizes[party] = list(dict.fromkeys([*self._sizes[party], head.size]))[-KEPT_SIZES:]
         return heads
 
     def _please(self, number: int, party: int) -> HeadPlease:
@@ -129,8 +131,7 @@ class Heads:
                     records.check_signature(cosign, self._params.man, self._keys[site], "its ledger key")
                     cosigns[subjects[cosign.head]][site] = cosign
             for party, size in answer.remembered:
-                # An honest ledger was never longer than its own head.
-                if party in heads and size <= heads[party].size:
+                if party in heads:
                     refused[party].add(size)
 
         self._collect(messages.COSIGN, requests, take)

@@ -177,7 +177,7 @@ class Hospital:
         self.results: list[records.Result] = []
         self.site: Site | None = None
         self._sign = founded.keys[site_id].protocol.sign
-        self._ledger_sign = founded.keys[site_id].ledger.sign
+        self.ledger_sign = founded.keys[site_id].ledger.sign
         self.witness = Witness(site_id, lambda _state: None)
         self.leaf_hashes = [leaf_hash(b"%d" % site_id)]
         self._ledger_keys: dict[int, bytes] = {}
@@ -186,6 +186,12 @@ class Hospital:
         self._manifest: Manifest | None = None
         self._admitted: Admitted | None = None
         self._params: RunParams | None = None
+
+    @property
+    def man(self) -> bytes:
+        """The study that runs here."""
+        assert self._params is not None
+        return self._params.man
 
     def answer(self, message_type: str, body: bytes, attachment: Sequence[bytes]) -> Answer:
         """The reply to a request: ``unavailable`` for whatever the machine refuses."""
@@ -255,10 +261,10 @@ class Hospital:
         man, found = request.man, request.records
         if request.kind is messages.HEAD:
             please: Any = found[0]
-            nonce, sign = os.urandom(32), self._ledger_sign
+            nonce, sign = os.urandom(32), self.ledger_sign
             return (self.witness.offer(man, please, nonce, self.leaf_hashes, sign),)
         if request.kind is messages.COSIGN:
-            return (self.witness.cosign(man, found, self._ledger_keys, self._ledger_sign),)  # type: ignore[arg-type]
+            return (self.witness.cosign(man, found, self._ledger_keys, self.ledger_sign),)  # type: ignore[arg-type]
         self.witness.take(man, found, self._ledger_keys)  # type: ignore[arg-type]
         return ()
 

@@ -17,8 +17,8 @@ from common.ledger.store import Ledger
 from common.ledger.tree import leaf_hash
 from common.messages import Reply
 from common.secagg import records
-from common.secagg.records import Head
-from common.witness import HUB, read_state
+from common.secagg.records import Head, HeadPlease
+from common.witness import HUB, Witness, read_state
 from server import evidence, heads
 from server.ledger import HubLedger
 from server.rounds import StudyRun
@@ -118,6 +118,33 @@ def test_a_new_hub_process_asks_again_for_the_proofs(stage: Make) -> None:  # no
     study.run()
     assert study.status == ("done", "")
     assert study.cohorts() == [[1, 2, 3]] * 4
+
+
+def test_studies_side_by_side_do_not_leave_each_other_out(stage: Make) -> None:  # noqa: F811
+    """In the middle of an exchange the others have just seen later heads of a hospital and of the hub."""
+    study = stage(3, training__rounds=4)
+    hospitals, meanwhile = study.room.hospitals, {"done": 0}
+
+    def before(site: int, kind: str) -> None:
+        if (site, kind) != (1, "query.cosign") or len(study.cohorts()) < 1 or meanwhile["done"] == 3:
+            return
+        meanwhile["done"] += 1
+        hospitals[3].leaf_hashes.append(leaf_hash(b"another study %d" % meanwhile["done"]))
+        later = Witness(3, lambda _: None).offer(
+            hospitals[3].man,
+            HeadPlease(9, ()),
+            bytes(32),
+            list(hospitals[3].leaf_hashes),
+            hospitals[3].ledger_sign,
+        )
+        for other in (1, 2):
+            hospitals[other].witness.seen[3] = later
+
+    study.room.before = before
+    study.run()
+    assert meanwhile["done"] == 3
+    assert study.cohorts() == [[1, 2, 3]] * 4
+    assert len(study.store.started(study.digest)) == 4
 
 
 @pytest.mark.parametrize("wrong", ["another round", "another site", "forged", "unavailable"])
