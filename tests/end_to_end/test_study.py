@@ -261,3 +261,30 @@ def test_a_site_of_another_hub_never_attaches(tmp_path: Path, processes: Process
     )
     assert agent.process.poll() is None
     assert "attached" not in (tmp_path / "logs" / "hub.log").read_text()
+
+
+def test_studies_side_by_side_lose_no_round_and_verify_together(tmp_path: Path, processes: Processes) -> None:
+    """Each ledger grows in the middle of another study's exchange of heads."""
+    federation = Federation(tmp_path, processes, epsilon=20.0)
+    federation.start_hub()
+    for number in (1, 2, 3):
+        federation.start_site(number, once=False)
+    studies = [small_study(federation.names, name=f"study {n}", training__rounds=20) for n in (1, 2, 3)]
+    digests = [federation.submit(study) for study in studies]
+    for number in (1, 2, 3):
+        for digest in digests:
+            federation.approve(number, digest)
+    for digest in digests:
+        assert federation.watch(digest)[-1]["status"] == "done", federation.log("hub")
+    assert " lost: " not in federation.log("hub")
+    assert "with 2 hospitals" not in federation.log("hub")
+    trust, files = str(tmp_path / "roster.json"), [str(tmp_path / "hub.zip")]
+    home = ("--home", str(federation.hub_home.folder))
+    processes.json("hub", "roster", *home, "--out", trust)
+    processes.json("hub", "evidence", *home, "--out", files[0])
+    for number, site in enumerate(federation.sites, start=1):
+        files.append(str(tmp_path / f"{number}.zip"))
+        processes.json("site", "evidence", "--home", str(site.folder), "--out", files[-1])
+    checked = processes.json("audit", "verify", *files, "--trust", trust)
+    assert checked["passed"]
+    assert checked["missing"] == []
