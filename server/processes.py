@@ -109,6 +109,7 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._running: list[Running] = []
+        self._asked: set[subprocess.Popen[str]] = set()
         logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -118,6 +119,9 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _uninterrupted():
+            for process in list(self._asked):
+                process.kill()
+                process.wait(END_GRACE_S)
             for running in self._running:
                 if running.process.poll() is None:
                     running.process.terminate()
@@ -142,21 +146,27 @@ class Processes:
     def json(self, *arguments: str) -> dict[str, Any]:
         """Run a command with ``--json`` and give its data. Raises FailureError with its message."""
         name = f"'wardround {' '.join(arguments[:2])}'"
-        try:
-            result = subprocess.run(
+        with _uninterrupted():
+            # Interrupted inside of Popen, the command would run on with nobody to end it.
+            process = subprocess.Popen(
                 [*COMMAND, *arguments, "--json"],
-                capture_output=True,
-                text=True,
                 stdin=subprocess.DEVNULL,
-                timeout=COMMAND_TIMEOUT_S,
-                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
-        except subprocess.TimeoutExpired as error:
-            raise FailureError(
-                "process.timeout", f"{name} gave no end in {COMMAND_TIMEOUT_S:.0f} s"
-            ) from error
-        if result.returncode != 0:
-            problem = f"{name} ended with {result.returncode}: {result.stderr.strip()}"
-            raise FailureError("process.failed", problem)
-        data: dict[str, Any] = json.loads(result.stdout)["data"]
+            self._asked.add(process)
+        with process:
+            try:
+                output, problem = process.communicate(timeout=COMMAND_TIMEOUT_S)
+            except subprocess.TimeoutExpired as error:
+                raise FailureError(
+                    "process.timeout", f"{name} gave no end in {COMMAND_TIMEOUT_S:.0f} s"
+                ) from error
+            finally:
+                process.kill()
+                self._asked.discard(process)
+        if process.returncode != 0:
+            raise FailureError("process.failed", f"{name} ended with {process.returncode}: {problem.strip()}")
+        data: dict[str, Any] = json.loads(output)["data"]
         return data

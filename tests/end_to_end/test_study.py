@@ -269,7 +269,7 @@ def test_studies_side_by_side_lose_no_round_and_verify_together(tmp_path: Path, 
     federation.start_hub()
     for number in (1, 2, 3):
         federation.start_site(number, once=False)
-    studies = [small_study(federation.names, name=f"study {n}", training__rounds=20) for n in (1, 2, 3)]
+    studies = [small_study(federation.names, name=f"study {n}", training__rounds=8) for n in (1, 2, 3)]
     digests = [federation.submit(study) for study in studies]
     for number in (1, 2, 3):
         for digest in digests:

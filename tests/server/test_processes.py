@@ -3,9 +3,11 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,3 +104,25 @@ def test_a_process_that_ignores_the_request_is_killed(
         began = time.monotonic()
         assert started.end() == -signal.SIGKILL
         assert time.monotonic() - began < 5
+
+
+def test_a_command_that_is_just_being_started_is_ended_by_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    script(monkeypatch, "import time; time.sleep(60)")
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), Processes(tmp_path) as running:
+        running.json("study", "list")
+    (process,) = started
+    assert not alive(process.pid)
+    for stream in (process.stdout, process.stderr):
+        assert stream is not None
+        stream.close()
