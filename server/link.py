@@ -283,6 +283,8 @@ class Link(link_pb2_grpc.LinkServicer):
     ) -> None:
         """Serve one site's stream until either side ends it."""
         peer = await self._admitted(context)
+        # A stream cut while these were on their way could not be given a status any more.
+        await context.send_initial_metadata(())
         node_id = peer.number
         known = self._connections.get(node_id)
         if known is not None and known.silence_s < REPLACED_S:
