@@ -17,7 +17,7 @@ from rich.live import Live
 
 from common import link_pb2
 from common.console import JsonFlag, Outcome, command, log_to_stderr
-from common.errors import UsageError
+from common.errors import RefusedError, UsageError
 from common.identity import fingerprint
 from server.display import event_table, study_text
 from server.home import CoordinatorHome, HubHome
@@ -152,6 +152,46 @@ def evidence(
     _write(out, found.to_bytes())
     data = {"evidence": str(out), "entries": len(found.leaves), "studies": len(found.studies)}
     return Outcome(f"evidence written to {out}: {len(found.leaves)} ledger entries", data)
+
+
+@hub.command()
+@command
+def payloads(
+    digest: Digest,
+    home: HubFolder,
+    out: Annotated[Path | None, typer.Option(help="Where to write them, for the auditor.")] = None,
+    erase: Annotated[
+        bool, typer.Option("--erase", help="The audit has ended: remove them for good.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Hand over, or erase, the masked payloads that a study with audit = "payloads" keeps."""
+    from server.desk import named
+    from server.payloads import erase_payloads, pack_payloads
+    from server.store import ENDED, Store
+
+    if (out is None) != erase:
+        raise UsageError("hub.payloads", "give either --out or --erase", remedy="See --help.")
+    place = HubHome(home)
+    place.load_settings()
+    store = Store.open(place.database)
+    try:
+        found = named(digest, [row.digest for row in store.studies()])
+        status = store.study(found).status
+    finally:
+        store.close()
+    if out is not None:
+        rounds = pack_payloads(place.payloads / found, found, out)
+        data = {"study": found, "rounds": rounds, "out": str(out)}
+        return Outcome(f"payloads of {rounds} rounds written to {out}", data)
+    if status not in ENDED:
+        remedy = "Wait for its end, or abort it."
+        raise RefusedError(
+            "hub.payloads-in-use", f"the study is {status}: it still adds to them", remedy=remedy
+        )
+    rounds = erase_payloads(place.payloads / found)
+    text = f"payloads of {rounds} rounds erased: their sums cannot be computed again"
+    return Outcome(text, {"study": found, "rounds": rounds})
 
 
 @hub.command()

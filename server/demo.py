@@ -119,7 +119,7 @@ def _run(
     history = _watch(processes, folder, console, digest, rounds)
     result = _result(processes, folder, sites, study, test, digest, history)
     with console.status("each hospital hands its evidence to an auditor, who verifies it"):
-        result |= _audit(processes, folder, sites)
+        result |= _audit(processes, folder, sites, result["study"])
     result["seconds"] = round(time.monotonic() - started, 1)
     return Outcome(_summary(console, result, folder), result)
 
@@ -290,9 +290,9 @@ def _result(
     }
 
 
-def _audit(processes: Processes, folder: Path, sites: list[Site]) -> dict[str, Any]:
-    """Everybody's evidence, verified against the hub's roster, and the report over it."""
-    trust, report = folder / "roster.json", folder / "report.html"
+def _audit(processes: Processes, folder: Path, sites: list[Site], digest: str) -> dict[str, Any]:
+    """Everybody's evidence, verified against the hub's roster, the report over it, and every sum again."""
+    trust, report, payloads = (folder / name for name in ("roster.json", "report.html", "payloads.zip"))
     (folder / "evidence").mkdir()
     hub = ("--home", str(folder / "hub"), "--out")
     processes.json("hub", "roster", *hub, str(trust))
@@ -307,7 +307,16 @@ def _audit(processes: Processes, folder: Path, sites: list[Site]) -> dict[str, A
     files.insert(0, str(folder / "evidence" / "hub.zip"))
     checked = processes.json("audit", "verify", *files, "--trust", str(trust))
     processes.json("audit", "report", *files, "--trust", str(trust), "--out", str(report))
-    return {"trust": str(trust), "evidence": files, "report": str(report), "checks": len(checked["checks"])}
+    processes.json("hub", "payloads", digest, *hub, str(payloads))
+    again = processes.json("audit", "recompute", files[0], str(payloads), "--trust", str(trust))
+    sums = sum(check["name"] == "sum" for check in again["checks"])
+    return {
+        "trust": str(trust),
+        "evidence": files,
+        "report": str(report),
+        "checks": len(checked["checks"]),
+        "sums": sums,
+    }
 
 
 def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
@@ -327,6 +336,8 @@ def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
     console.print(table)
     return (
         f"model    {folder / 'model.safetensors'}\nmetrics  {folder / 'metrics.jsonl'}\n"
-        f"evidence {folder / 'evidence'}: {result['checks']} checks hold\nreport   {folder / 'report.html'}\n"
+        f"evidence {folder / 'evidence'}: {result['checks']} checks hold\n"
+        f"payloads {folder / 'payloads.zip'}: {result['sums']} sums computed again, bit for bit\n"
+        f"report   {folder / 'report.html'}\n"
         f"seconds  {result['seconds']}"
     )

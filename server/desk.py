@@ -6,7 +6,7 @@ the same error types with the same exit codes.
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -71,6 +71,15 @@ def _raised(error: grpc.RpcError, address: str) -> WardroundError:
     )
 
 
+def named(prefix: str, digests: Sequence[str]) -> str:
+    """The one digest that starts with ``prefix`` (at least 6 hex digits). Raises UsageError."""
+    found = [digest for digest in digests if len(prefix) >= 6 and digest.startswith(prefix)]
+    if len(found) != 1:
+        remedy = "Give the digest or its first 6 or more digits, as 'wardround study list' shows it."
+        raise UsageError("study.digest", f"{prefix!r} names {len(found)} studies", remedy=remedy)
+    return found[0]
+
+
 class CoordinatorDesk:
     """A connection to the hub as a coordinator. Use as a context manager."""
 
@@ -133,16 +142,7 @@ class CoordinatorDesk:
 
     def resolve(self, prefix: str) -> str:
         """The full digest that starts with ``prefix`` (at least 6 hex digits). Raises UsageError."""
-        found = [
-            info.digest for info in self.studies() if len(prefix) >= 6 and info.digest.startswith(prefix)
-        ]
-        if len(found) != 1:
-            raise UsageError(
-                "study.digest",
-                f"{prefix!r} names {len(found)} studies",
-                remedy="Give the digest or its first 6 or more digits, as 'wardround study list' shows it.",
-            )
-        return found[0]
+        return named(prefix, [info.digest for info in self.studies()])
 
     def show(self, digest: str) -> tuple[Manifest, link_pb2.StudyDetail]:
         """A study's manifest, verified, and what the hub says of it. Raises VerificationError."""

@@ -1,7 +1,7 @@
 """What the hub shows an auditor: its ledger, its studies, and the heads it has seen, in one file.
 
 Source: DESIGN "Ledger". Rules: the hub may run meanwhile; what the tables say stands in the ledger first; no
-model, no update and no key is in it.
+model, no payload and no key is in it.
 """
 
 import base64
@@ -12,12 +12,14 @@ from datetime import datetime
 from common import identity
 from common.audit.evidence import Evidence
 from common.audit.trust import Trust
+from common.ledger.entries import Completed
 from common.ledger.notes import open_note, origin_of, read_checkpoint
 from common.ledger.store import Ledger
 from common.roster import SignedRoster
 from common.run import study_document
 from common.secagg import records
 from common.secagg.records import Cosign, Head
+from common.secagg.transcript import write_transcripts
 from common.study import SignedManifest
 from common.version import SOFTWARE_VERSION
 from common.witness import HUB, Offer, Witness
@@ -43,12 +45,19 @@ def collect(home: HubHome, now: datetime) -> Evidence:
     with closing(Store.open(home.database)) as store:
         with closing(HubLedger(home, store)) as books:
             books.catch_up()
+        # The tables only grow: what is read after the ledger has all that it names.
+        with closing(Ledger.open(home.ledger)) as ledger:
+            head = ledger.checkpoint(signed.hub_key)
+            size = read_checkpoint(open_note(head, origin_of(signed.hub_key), signed.hub_key)).size
+            leaves, entries = ledger.leaves()[:size], ledger.entries()[:size]
         studies = {row.digest: _document(store.study(row.digest)) for row in store.studies()}
+        opened = {digest: store.transcripts(digest) for digest in studies}
         heads = store.heads()
-    with closing(Ledger.open(home.ledger)) as ledger:
-        head = ledger.checkpoint(signed.hub_key)
-        size = read_checkpoint(open_note(head, origin_of(signed.hub_key), signed.hub_key)).size
-        leaves = ledger.leaves()[:size]
+    completed = {(entry.manifest, entry.round) for entry in entries if isinstance(entry, Completed)}
+    rounds = {
+        digest: [data for number, data in found.items() if (digest, number) in completed]
+        for digest, found in opened.items()
+    }
     return Evidence(
         party=HUB,
         name=NAME,
@@ -60,6 +69,7 @@ def collect(home: HubHome, now: datetime) -> Evidence:
         head=head,
         heads=_heads({row.party: row for row in heads}),
         studies=studies,
+        rounds={digest: write_transcripts(found) for digest, found in rounds.items() if found},
     )
 
 

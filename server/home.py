@@ -61,6 +61,7 @@ class HubHome:
         self.hub_key = folder / "keys" / "hub.pem"  # signs rosters, round starts and results
         self.database = folder / "hub.db"
         self.ledger = folder / "ledger.db"
+        self.payloads = folder / "payloads"
         self.coordinator = folder / "coordinator"
 
     def load_settings(self) -> HubSettings:

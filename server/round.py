@@ -18,6 +18,7 @@ from common.secagg import records
 from common.secagg.hub import HubRound
 from common.study import Aggregation
 from server.exchange import Exchange, only
+from server.payloads import Attempt, Payloads
 
 log = logging.getLogger("wardround.hub.rounds")
 
@@ -40,10 +41,11 @@ class RoundLost(FailureError):  # noqa: N818 - an outcome of the protocol, not a
 
 
 class _Uploads:
-    """The sink of one attempt: checks headers and adds chunks as they arrive."""
+    """The sink of one attempt: checks headers, adds chunks as they arrive, keeps them where that is due."""
 
-    def __init__(self, round_: HubRound) -> None:
+    def __init__(self, round_: HubRound, kept: Attempt | None) -> None:
         self._sum = round_.accumulator
+        self._kept = kept
 
     def header(self, node_id: int, body: bytes) -> Sequence[int]:
         """Take the header in front of a payload; the chunks that are still missing."""
@@ -56,17 +58,30 @@ class _Uploads:
     def chunk(self, node_id: int, index: int, data: bytes) -> None:
         """Add one chunk."""
         self._sum.add_chunk(node_id, index, data)
+        if self._kept is not None:
+            self._kept.write(node_id, index, data)
+
+    def add(self, node_id: int, header: records.Upload, chunks: Sequence[bytes]) -> None:
+        """Take a payload that came inside its reply, as other Grids bring it."""
+        self._sum.add_header(node_id, header)
+        for index, chunk in enumerate(chunks):
+            self.chunk(node_id, index, chunk)
 
 
 class Round:
     """Carries the messages of one HubRound.
 
-    ``timing`` is the study's; ``say`` is told what is waited for, when that takes long; ``unavailable`` holds
-    who said so when asked for R1 or R3.
+    ``timing`` is the study's; ``say`` is told what is waited for, when that takes long; ``payloads`` keeps
+    those of the opened attempt; ``unavailable`` holds who said so when asked for R1 or R3.
     """
 
     def __init__(
-        self, exchange: Exchange, round_: HubRound, timing: Aggregation, say: Callable[[str], None]
+        self,
+        exchange: Exchange,
+        round_: HubRound,
+        timing: Aggregation,
+        say: Callable[[str], None],
+        payloads: Payloads | None = None,
     ) -> None:
         self.attempts = 0
         self.unavailable: set[int] = set()
@@ -74,6 +89,8 @@ class Round:
         self._round = round_
         self._timing = timing
         self._say = say
+        self._payloads = payloads
+        self._kept: Attempt | None = None
         self._deadline = time.monotonic() + timing.deadline_s
 
     def run(self, sites: Collection[int], state: bytes) -> None:
@@ -87,12 +104,17 @@ class Round:
             give_back(len(state))
             self._open()
             self._round.finish()
+            if self._kept is not None:
+                self._kept.seal()
         except RoundLost:
             raise
         except WardroundError as error:
             if error.code.startswith("secagg."):
                 raise RoundLost("rounds.lost", error.problem) from error
             raise
+        finally:
+            if self._kept is not None:
+                self._kept.drop()
 
     def _ready(self, sites: Collection[int], state: bytes) -> None:
         """R0 and R1. When a cohort is possible, the others have ``straggler_s`` more."""
@@ -130,7 +152,12 @@ class Round:
         requests = {site: exchange.request(messages.UPLOAD, cohort) for site in cohort.ids}
         gone: set[int] = set()
         patience, given_up = self._patience(round_.missing_uploads), [float("inf")]
-        with self._streaming():
+        if self._kept is not None:
+            self._kept.drop()
+        if self._payloads is not None:
+            self._kept = self._payloads.attempt(cohort.round, cohort.attempt)
+        uploads = _Uploads(round_, self._kept)
+        with self._streaming(uploads):
             for site, reply, chunks in exchange.ask(
                 messages.UPLOAD, requests, self._timing.upload_s, until=lambda: min(patience(), given_up[0])
             ):
@@ -141,29 +168,26 @@ class Round:
                     # This sum can't be opened any more: the others mask again, without all who say so now.
                     given_up[0] = min(given_up[0], time.monotonic() + SETTLE_S)
                 elif chunks:
-                    self._add(site, only(reply.records, records.Upload), chunks)
+                    self._add(uploads, site, only(reply.records, records.Upload), chunks)
         missing = set(round_.missing_uploads())
         return set(without) | (gone or missing) if missing else set()
 
     @contextmanager
-    def _streaming(self) -> Iterator[None]:
+    def _streaming(self, uploads: _Uploads) -> Iterator[None]:
         """Let payloads go to the accumulator as they arrive, where the Grid can do that."""
         grid: Any = self._exchange.grid
         if not hasattr(grid, "sink"):
             yield
             return
-        grid.sink = _Uploads(self._round)
+        grid.sink = uploads
         try:
             yield
         finally:
             grid.sink = None  # it would keep the sum of this round alive into the next
 
-    def _add(self, site: int, header: records.Upload, chunks: Sequence[bytes]) -> None:
-        """Take a payload that came inside its reply, as other Grids bring it."""
+    def _add(self, uploads: _Uploads, site: int, header: records.Upload, chunks: Sequence[bytes]) -> None:
         try:
-            self._round.on_upload(site, header)
-            for index, chunk in enumerate(chunks):
-                self._round.on_chunk(site, index, chunk)
+            uploads.add(site, header, chunks)
         except WardroundError as error:
             log.warning("%s: refused: %s", self._exchange.name(site), error)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 from flwr.serverapp import Grid
@@ -33,6 +34,7 @@ from server.exchange import Exchange, every, only
 from server.heads import Heads
 from server.home import HubHome
 from server.ledger import HubLedger
+from server.payloads import Payloads
 from server.round import Round, RoundLost, give_back
 from server.store import ENDED, Checkpoint, Store, StudyRow
 from server.strategy import ServerStep
@@ -76,6 +78,8 @@ class StudyRun:
         self._model = self._model_digest = b""
         self._exchange = Exchange(grid, self._params.man, self._names, self._continue)
         self._label = f"study {digest[:12]}"
+        keeps = self._manifest.study.aggregation.audit == "payloads"
+        self._payloads = Payloads(home.payloads / digest, self._params.layout) if keeps else None
 
     def run(self) -> None:
         """From where it is to the last round. Raises WardroundError when the study cannot go on.
@@ -328,6 +332,8 @@ class StudyRun:
         for cut in started:
             if cut.step is None and not cut.lost:
                 self._store.lose_round(self._digest, cut.number, "the hub was stopped")
+        if self._payloads is not None:
+            self._payloads.keep_only([row.number for row in started if row.step is not None])
         lost, consult, number = 0, bool(started), len(started)
         while step.advances < study.training.rounds:
             if number == study.aggregation.rounds_max:
@@ -336,6 +342,8 @@ class StudyRun:
                     remedy="Look into the causes in the log, then submit it again.",
                 )  # fmt: skip
             sites = self._gather(setup, consult)
+            if self._payloads is not None:
+                self._payloads.check_room(len(sites))
             number = self._store.start_round(self._digest)
             try:
                 cosigned = heads.cosigned(number, sites)
@@ -376,7 +384,8 @@ class StudyRun:
             deadline=int(self._clock() + timing.deadline_s) + 1,
             sign=self._sign,
         )
-        carried = Round(self._exchange, round_, timing, lambda detail: self._status("running", detail))
+        say = partial(self._status, "running")
+        carried = Round(self._exchange, round_, timing, say, self._payloads)
         carried.run(sites, self._model)
         sums, context = round_.finish(), round_.accumulator.ctx
         cohort = sums.cohort
@@ -387,6 +396,7 @@ class StudyRun:
         self._model_digest = model_digest(new, layout)
         result = round_.result(self._model_digest)
         self._model = state_bytes(new, layout)
+        transcript = round_.transcript(result).to_bytes()
         del new, sums, round_
         attempt, everyone = carried.attempts, not carried.unavailable
         del carried
@@ -403,6 +413,7 @@ class StudyRun:
                 model_digest=result.model_digest,
                 state=self._model,
                 strategy=step.to_bytes(),
+                transcript=transcript,
                 seconds=seconds,
             ),
         )

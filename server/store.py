@@ -103,6 +103,15 @@ class ModelRow(Base):
     data: Mapped[bytes] = mapped_column(LargeBinary)
 
 
+class TranscriptRow(Base):
+    """The signed records of a completed round (common.secagg.transcript)."""
+
+    __tablename__ = "transcripts"
+    study: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class StrategyRow(Base):
     """The server strategy's state after the last completed round of a study."""
 
@@ -126,7 +135,7 @@ class Checkpoint:
     """A completed round as the round loop hands it over.
 
     ``number`` is the protocol's, ``step`` the count of completed ones; ``state`` and ``strategy`` are
-    safetensors files.
+    safetensors files; ``transcript`` is common.secagg.transcript's.
     """
 
     number: int
@@ -138,6 +147,7 @@ class Checkpoint:
     model_digest: bytes
     state: bytes
     strategy: bytes
+    transcript: bytes
     seconds: float
 
 
@@ -301,7 +311,7 @@ class Store:
             session.get_one(RoundRow, (digest, number)).lost = reason
 
     def complete_round(self, digest: str, checkpoint: Checkpoint) -> None:
-        """Store model, strategy state and round, in one transaction."""
+        """Store model, strategy state, transcript and round, in one transaction."""
         model = memoryview(checkpoint.state)
         parts = [
             {"study": digest, "step": checkpoint.step, "part": part, "data": model[at : at + PART_SIZE_BYTES]}
@@ -316,6 +326,7 @@ class Store:
             session.execute(insert(ModelRow), parts)
             session.get_one(StudyRow, digest).round = checkpoint.step
             session.merge(StrategyRow(study=digest, state=checkpoint.strategy))
+            session.add(TranscriptRow(study=digest, number=checkpoint.number, data=checkpoint.transcript))
 
     def started(self, digest: str) -> Sequence[RoundRow]:
         """Every round that was started, by number, without models."""
@@ -346,6 +357,12 @@ class Store:
         with self._reading() as session:
             row = session.get(StrategyRow, digest)
         return b"" if row is None else row.state
+
+    def transcripts(self, digest: str) -> dict[int, bytes]:
+        """The transcripts of the completed rounds of a study by the protocol's round, in order."""
+        query = select(TranscriptRow).where(TranscriptRow.study == digest).order_by(TranscriptRow.number)
+        with self._reading() as session:
+            return {row.number: row.data for row in session.scalars(query)}
 
     def keep_heads(self, rows: Iterable[HeadRow]) -> None:
         """Remember heads of ledgers; a longer one stays, for studies run side by side."""

@@ -17,21 +17,25 @@ from rich.table import Table
 from common.audit import proofs
 from common.audit.claims import read_facts
 from common.audit.evidence import read_evidence
-from common.audit.party import read_entries, studied
+from common.audit.openings import recomputed
+from common.audit.party import Check, read_entries, studied
+from common.audit.payloads import kept_payloads
 from common.audit.report import render
 from common.audit.sheet import up
 from common.audit.trust import Trust, claimed, read_trust
 from common.audit.verify import Verification, verify
 from common.console import JsonFlag, Outcome, command
 from common.encoding import base64_text
-from common.errors import RefusedError
+from common.errors import RefusedError, UsageError
 from common.identity import fingerprint
 from common.ledger.entries import Approval, Charge, Entry, Pause, PolicyChange, Restored
+from common.witness import HUB
 
 app = typer.Typer(help="Verify evidence offline, report, see budgets.", no_args_is_help=True)
 
 TABLE_WIDTH = 118
 SELF_CONSISTENT = "self-consistent only: the keys come from the evidence itself"
+TRUST_HINT = "Give --trust: what 'wardround hub roster' wrote, or the hub's fingerprint."
 
 _WHAT: Final[Mapping[str, str]] = {
     "opened": "register {register_id:.12}, epsilon {epsilon_t} (t collude), {other} (all do), delta {delta}",
@@ -73,21 +77,64 @@ def _judged(verdict: str, text: str, data: Mapping[str, Any], hint: str = "") ->
 def verify_command(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) -> Outcome:
     """Check evidence: each ledger, its studies, and what the parties say of each other."""
     found, _ = _verified(files, trust)
-    failed, total = sum(not check.passed for check in found.checks), len(found.checks)
-    width = max(len(check.party) for check in found.checks)
-    slug = max(len(check.name) for check in found.checks)
-    lines = [
-        f"{'ok  ' if check.passed else 'FAIL'}  {check.party:<{width}}  {check.name:<{slug}}  {check.detail}"
-        for check in found.checks
-    ]
+    lines = _lines(found.checks)
     if found.missing:
         lines.append(f"no evidence was given of: {', '.join(found.missing)}")
+    failed, total = sum(not check.passed for check in found.checks), len(found.checks)
     said = {"failed": f"{failed} of {total} checks do not hold", "verified": f"all {total} checks hold"}
     lines.append(said.get(found.verdict, SELF_CONSISTENT))
     checks = [asdict(check) for check in found.checks]
     data = {"trusted": found.trusted, "passed": found.passed, "checks": checks, "missing": found.missing}
-    hint = "Give --trust: what 'wardround hub roster' wrote, or the hub's fingerprint."
-    return _judged(found.verdict, "\n".join(lines), data, "" if found.trusted else hint)
+    return _judged(found.verdict, "\n".join(lines), data, "" if found.trusted else TRUST_HINT)
+
+
+def _lines(checks: Sequence[Check]) -> list[str]:
+    width, slug = (
+        max(len(text) for text in texts) for texts in zip(*((c.party, c.name) for c in checks), strict=True)
+    )
+    return [
+        f"{'ok  ' if check.passed else 'FAIL'}  {check.party:<{width}}  {check.name:<{slug}}  {check.detail}"
+        for check in checks
+    ]
+
+
+@app.command("recompute")
+@command
+def recompute_command(
+    file: Annotated[Path, typer.Argument(help="Evidence of the hub.")],
+    payloads: Annotated[Path, typer.Argument(help="What 'wardround hub payloads' wrote.")],
+    trust: TrustOption = "",
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Compute every sum again from the payloads that the hospitals signed, bit for bit."""
+    found, _ = _verified([file], trust)
+    hub = next((party for party in found.parties if party.id == HUB), None)
+    if hub is None:
+        remedy = "Give the file that 'wardround hub evidence' wrote."
+        raise UsageError("audit.hub", f"{file} is not the hub's evidence", remedy=remedy)
+    checks = list(found.checks)
+    if found.passed:
+        with Console(stderr=True).status("reading") as progress, kept_payloads(payloads) as kept:
+            for check in recomputed(hub, kept):
+                checks.append(check)
+                progress.update(check.detail)
+    verdict = found.verdict if all(check.passed for check in checks) else "failed"
+    sums = checks[len(found.checks) :]
+    if not sums and verdict != "failed":
+        problem = "the hub's evidence has no completed round of a study that keeps payloads"
+        raise RefusedError(
+            "audit.no-sums", problem, remedy='Only with audit = "payloads" is a sum computed again.'
+        )
+    shown = sums if found.passed else [check for check in checks if not check.passed]
+    bad = "not every sum is right" if sums else "the evidence does not hold: no sum was computed"
+    said = {"failed": bad, "verified": f"all {len(sums)} sums are right"}
+    text = "\n".join([*_lines(shown), said.get(verdict, SELF_CONSISTENT)])
+    data = {
+        "trusted": found.trusted,
+        "passed": verdict != "failed",
+        "checks": [asdict(check) for check in checks],
+    }
+    return _judged(verdict, text, data, "" if found.trusted else TRUST_HINT)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from common.audit.openings import openings
 from common.audit.party import Party, studied
 from common.audit.spending import OWN, Costs, cap_of
 from common.ledger.entries import (
@@ -239,5 +240,10 @@ SITE_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
 )
 HUB_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
     ("completions", "every sum was opened over hospitals that its study allows", completions),
+    (
+        "openings",
+        "every sum was uploaded to and opened by each of its hospitals, under its own key",
+        openings,
+    ),
     ("same-hospitals", "without differential privacy, always all of the hospitals", same_hospitals),
 )

@@ -7,7 +7,7 @@ believed here: common.audit.verify does that, against keys from elsewhere.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ LEAVES: Final = "ledger.jsonl"
 HEAD: Final = "ledger.head"
 HEADS: Final = "heads.json"
 
-_STUDY: Final = re.compile(r"studies/([0-9a-f]{64})\.study")
+_STUDY: Final = re.compile(r"studies/([0-9a-f]{64})\.(study|rounds)")
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
 
 
@@ -47,6 +47,7 @@ class Evidence:
     head: str
     heads: bytes
     studies: Mapping[str, bytes]
+    rounds: Mapping[str, bytes] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The zip file; the same evidence gives the same bytes.
@@ -69,6 +70,7 @@ class Evidence:
             HEAD: self.head.encode("utf-8"),
             HEADS: self.heads,
             **{f"studies/{digest}.study": data for digest, data in sorted(self.studies.items())},
+            **{f"studies/{digest}.rounds": data for digest, data in sorted(self.rounds.items())},
         }
         return archive.pack(files)
 
@@ -107,10 +109,15 @@ class Evidence:
                 tuple(leaves.split(b"\n")[:-1]),
                 head.decode("utf-8"),
                 heads,
-                {_STUDY.fullmatch(name)[1]: data for name, data in files.items()},  # type: ignore[index]
+                _of_studies(files, "study"), _of_studies(files, "rounds"),
             )  # fmt: skip
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise _refused(what, f"{FACTS} does not have exactly its fields") from error
+
+
+def _of_studies(files: Mapping[str, bytes], kind: str) -> dict[str, bytes]:
+    found = ((_STUDY.fullmatch(name), data) for name, data in files.items())
+    return {match[1]: data for match, data in found if match is not None and match[2] == kind}
 
 
 def read_evidence(path: Path) -> Evidence:

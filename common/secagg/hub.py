@@ -29,6 +29,7 @@ from common.secagg.records import (
     Upload,
 )
 from common.secagg.sums import Accumulator, Sums
+from common.secagg.transcript import Transcript
 
 R = TypeVar("R", bound=Record)
 
@@ -318,6 +319,19 @@ class HubRound:
     def result(self, model_digest: bytes) -> Result:
         """R6: the signed result, with the digest of the model that ``advance`` made of the sums."""
         return self._signed(Result(self.accumulator.ctx, self.finish().digest, model_digest))
+
+    def transcript(self, result: Result) -> Transcript:
+        """What is kept of the opened round. Raises RefusedError before R2."""
+        cohort, headers, openings = self._cohort, self.accumulator.headers, self.accumulator.openings
+        if cohort is None:
+            raise RefusedError("secagg.cohort.none", "this round has no cohort yet")
+        return Transcript(
+            self.start,
+            cohort,
+            tuple(headers[i] for i in cohort.ids),
+            tuple(openings[i] for i in cohort.ids),
+            result,
+        )
 
     def _signed(self, record: R) -> R:
         signed = records.signed(record, self._params.man, self._sign)

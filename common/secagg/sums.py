@@ -7,7 +7,7 @@ size of the cohort. Several connections may add at once.
 
 import hmac
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -177,22 +177,30 @@ class Accumulator:
 
 
 def recompute(
-    params: RunParams, cohort: Cohort, ctx: bytes, evidence: Mapping[int, tuple[Upload, bytes, Open]]
+    params: RunParams,
+    cohort: Cohort,
+    ctx: bytes,
+    headers: Mapping[int, Upload],
+    openings: Mapping[int, Open],
+    payload: Callable[[int], bytes],
 ) -> Sums:
     """The sum again, from the signed header, the kept payload and the opening of every hospital.
+
+    ``payload`` gives that of one hospital; they are asked for one after the other.
 
     Guarantee: an_auditor_recomputes_the_sum - and refuses evidence that is altered or incomplete.
     Raises: VerificationError, RefusedError, FailureError.
     """
     accumulator = Accumulator(params, cohort, ctx)
-    for member, (header, payload, _) in evidence.items():
+    for member, header in headers.items():
         accumulator.add_header(member, header)
-        if len(payload) != params.layout.payload_bytes:
+        data = payload(member)
+        if len(data) != params.layout.payload_bytes:
             raise VerificationError(
                 "secagg.payload.length", f"the payload of hospital {member} has another length"
             )
         for index, span in enumerate(params.layout.spans):
-            accumulator.add_chunk(member, index, payload[span.start : span.stop])
-    for member, (_, _, opening) in evidence.items():
+            accumulator.add_chunk(member, index, data[span.start : span.stop])
+    for member, opening in openings.items():
         accumulator.open(member, opening)
     return accumulator.finish()

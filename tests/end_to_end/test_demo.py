@@ -54,6 +54,7 @@ def test_the_demo_trains_a_useful_private_model(tmp_path: Path) -> None:
     evidence = sorted(path.name for path in (out / "evidence").iterdir())
     assert evidence == ["Northgate.zip", "Riverside.zip", "St.-Mary.zip", "hub.zip"]
     assert "<html" in (out / "report.html").read_text()
+    assert data["sums"] == 6
     # As an auditor would, with the roster that the demo names; without it, or with one file changed, it fails.
     files = [str(out / "evidence" / name) for name in evidence]
     assert verified(*files, "--trust", data["trust"]) == 0

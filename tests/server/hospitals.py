@@ -157,7 +157,7 @@ def complete(store: Store, digest: str, state: bytes = b"model") -> None:
     """One more completed round."""
     number, step = store.start_round(digest), store.study(digest).round + 1
     digests = (b"c" * 32, b"s" * 32, b"m" * 32)
-    store.complete_round(digest, Checkpoint(number, step, 1, (1, 3), *digests, state, b"", number / 4))
+    store.complete_round(digest, Checkpoint(number, step, 1, (1, 3), *digests, state, b"", b"", number / 4))
 
 
 def known_update(site: int, round_number: int, state: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:

@@ -1,6 +1,8 @@
 """Transcripts of ``wardround hub`` and ``wardround study``: what is printed, and the exit code."""
 
 import json
+import zipfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ from common.audit.cli import app as audit
 from common.audit.trust import Trust
 from common.enrolment import Admission
 from common.identity import fingerprint
+from common.secagg.codec import Layout
 from server.cli import hub, study
+from server.payloads import Payloads
+from server.store import Store
 from tests.federation import small_study
 from tests.server.conftest import RunningHub
 from tests.server.hospitals import NAMES, complete, found, new_keys
@@ -279,6 +284,26 @@ def test_hub_roster_and_evidence_for_an_auditor(tmp_path: Path) -> None:
     for command in ("roster", "evidence"):
         failed(hub, 2, "settings.missing", command, "--home", tmp_path / "none", "--out", tmp_path / "x")
         failed(hub, 2, "output.file", command, "--home", home, "--out", tmp_path / "none" / "x")
+
+
+def test_hub_payloads_are_handed_over_and_erased(tmp_path: Path) -> None:
+    founded = found(tmp_path, 3)
+    home, out = founded.home.folder, tmp_path / "payloads.zip"
+    with closing(Store.open(founded.home.database)) as store:
+        digest = founded.store_study(store, founded.sign_study(aggregation__audit="payloads"))
+        kept = Payloads(founded.home.payloads / digest, Layout(1, 0, 32)).attempt(1, 1)
+        kept.write(2, 0, b"masked")
+        kept.seal()
+        failed(hub, 3, "hub.payloads-in-use", "payloads", digest, "--home", home, "--erase")
+        store.set_status(digest, "done")
+    data = envelope(call(hub, "payloads", digest[:8], "--home", home, "--out", out, "--json"))
+    assert data == {"study": digest, "rounds": 1, "out": str(out)}
+    assert zipfile.ZipFile(out).read(f"payloads/{digest}/1/2") == b"masked"
+    failed(hub, 2, "output.file", "payloads", digest, "--home", home, "--out", out)
+    failed(hub, 2, "hub.payloads", "payloads", digest, "--home", home)
+    failed(hub, 2, "study.digest", "payloads", "ffffffff", "--home", home, "--erase")
+    assert envelope(call(hub, "payloads", digest, "--home", home, "--erase", "--json"))["rounds"] == 1
+    failed(hub, 3, "payloads.none", "payloads", digest, "--home", home, "--out", tmp_path / "other.zip")
 
 
 def test_a_hub_that_is_down_is_exit_6(tmp_path: Path, toml: Path) -> None:

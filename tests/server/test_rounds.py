@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,19 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from common import flower, messages
+from common.audit.evidence import Evidence
+from common.audit.openings import recomputed
+from common.audit.party import Check
+from common.audit.payloads import kept_payloads
+from common.audit.verify import verify
 from common.errors import FailureError, RefusedError, UsageError, VerificationError
 from common.messages import Reply
 from common.secagg import records
 from common.secagg.codec import quantise
 from server import round as round_module
 from server import rounds
+from server.evidence import collect, trust
+from server.payloads import pack_payloads
 from server.rounds import StudyRun
 from server.store import Store
 from tests.server.hospitals import WITHOUT_DP, Founded, Hospital, Room, found, known_update
@@ -689,3 +697,60 @@ def test_an_upload_sink_takes_headers_only() -> None:
         sink.header(1, messages.encode_reply(Reply(messages.UPLOAD, available=False)))
     with pytest.raises(VerificationError):
         sink.header(1, messages.encode_reply(Reply(messages.CLOSE)))
+
+
+# -- kept payloads -------------------------------------------------------------------------------------------
+
+
+def audited(study: Stage, tmp_path: Path) -> list[Check]:
+    """What an auditor finds with the hub's evidence and the payloads that it kept."""
+    home, out = study.founded.home, tmp_path / f"{len(list(tmp_path.glob('*.zip')))}.zip"
+    evidence = collect(home, datetime.now(UTC))
+    found = verify([Evidence.from_bytes(evidence.to_bytes(), "hub")], trust(home))
+    assert [check.detail for check in found.checks if not check.passed] == []
+    pack_payloads(home.payloads / study.digest, study.digest, out)
+    with kept_payloads(out) as payload:
+        return list(recomputed(found.parties[0], payload))
+
+
+def test_kept_payloads_give_every_sum_again(stage: Make, tmp_path: Path) -> None:
+    study = stage(4, aggregation__audit="payloads", training__rounds=3)
+    study.run()
+    assert study.status == ("done", "")
+    checks = audited(study, tmp_path)
+    assert [check.passed for check in checks] == [True] * 3
+    assert [json.loads(row.cohort) for row in study.store.rounds(study.digest)] == [[1, 2, 3, 4]] * 3
+
+
+def test_an_abandoned_attempt_keeps_no_payload(stage: Make, tmp_path: Path) -> None:
+    """A hospital that drops out after the others uploaded costs an attempt: only the opened one stays."""
+    study = stage(4, aggregation__audit="payloads", training__rounds=2)
+    silent(study, 4, "train.upload", 1)
+    study.run()
+    assert study.status == ("done", "")
+    assert [row.attempt for row in study.store.rounds(study.digest)] == [2, 1]
+    assert study.cohorts() == [[1, 2, 3], [1, 2, 3, 4]]
+    folder = study.founded.home.payloads / study.digest
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*/*")) == [
+        *("1/1", "1/2", "1/3"),
+        *("2/1", "2/2", "2/3", "2/4"),
+    ]
+    assert [check.passed for check in audited(study, tmp_path)] == [True] * 2
+
+
+def test_without_payloads_only_signatures_are_kept(stage: Make, tmp_path: Path) -> None:
+    study = stage(training__rounds=2)
+    study.run()
+    assert not study.founded.home.payloads.exists()
+    with pytest.raises(RefusedError, match="no payloads are kept"):
+        audited(study, tmp_path)
+
+
+def test_a_hub_without_room_charges_nobody(stage: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = stage(aggregation__audit="payloads")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(FailureError, match="has room for 10"):
+        study.run()
+    assert study.status[0] == "failed"
+    assert "has room for 10" in study.status[1]
+    assert study.store.started(study.digest) == []

@@ -49,7 +49,7 @@ def study(digest: str = "a" * 64, **changes: object) -> StudyRow:
 def checkpoint(number: int, step: int) -> Checkpoint:
     digests = (b"c" * 32, b"s" * 32, b"m" * 32)
     return Checkpoint(
-        number, step, 1, (1, 3), *digests, f"state {step}".encode(), f"m_t {step}".encode(), 0.25
+        number, step, 1, (1, 3), *digests, f"state {step}".encode(), f"m_t {step}".encode(), b"t", 0.25
     )
 
 

@@ -37,8 +37,26 @@ from common.ledger.notes import Checkpoint, origin_of, sign_note
 from common.ledger.store import Ledger
 from common.ledger.tree import leaf_hash, root
 from common.roster import Member, Roster, SignedRoster
-from common.run import study_document
-from common.secagg.records import Cosign, Head, HeadPlease, head_digest
+from common.run import run_params, study_document
+from common.secagg import keys
+from common.secagg.codec import with_one
+from common.secagg.masks import apply_keystreams, chunk_digests
+from common.secagg.records import (
+    Cohort,
+    Cosign,
+    Head,
+    HeadPlease,
+    Open,
+    Result,
+    RoundStart,
+    Upload,
+    context,
+    head_digest,
+    payload_digest,
+    signed,
+)
+from common.secagg.sums import Accumulator
+from common.secagg.transcript import Transcript, write_transcripts
 from common.study import Manifest, Party, SignedManifest, Study
 from common.version import SOFTWARE_VERSION
 from common.witness import HUB, Witness
@@ -84,6 +102,8 @@ class Federation:
         self.manifests: dict[bytes, Manifest] = {}
         self.documents: dict[bytes, bytes] = {}
         self.keepers: dict[int, Keeper] = {}
+        self.transcripts: dict[bytes, list[Transcript]] = {}
+        self.payloads: dict[tuple[str, int, int], bytes] = {}
         for number, name in enumerate(("hub", *NAMES)[: hospitals + 1]):
             key = new_signing_key() if number else self.hub_key
             path = folder / f"{number}.db"
@@ -177,24 +197,64 @@ class Federation:
     def round(self, manifest: Manifest, number: int, cohort: Sequence[int] = (1, 2, 3, 4)) -> None:
         """A completed round: heads, charges, uploads, the sum."""
         self.cosign(manifest, number)
-        admitted, ctx, events = check(manifest, None), os.urandom(32).hex(), {}
+        admitted, events = check(manifest, None), {}
         for member in cohort:
             keeper = self.keepers[member]
             event = admitted.event(keeper.register, number, 1, os.urandom(16).hex())
             events[member] = event.event_id
             keeper.append(Charge, event=event.to_fields())
-        said: dict[str, Any] = {"state": "released", "attempt": 1, "ctx": ctx}
-        for member in cohort:
-            self.keepers[member].append(Outcome, event_id=events[member], reason="upload_started", **said)
-        step = sum(
+        step = 1 + sum(
             isinstance(e, Completed) and e.manifest == manifest.digest.hex()
             for e in self.hub.ledger.entries()
         )
-        digests = {"ctx": ctx, "sum_digest": "0" * 64, "model_digest": "1" * 64}
-        fields = {"manifest": manifest.digest.hex(), "round": number, "step": step + 1, "attempt": 1}
+        transcript = self.opened(manifest, number, tuple(cohort))
+        ctx, result = transcript.ctx.hex(), transcript.result
+        said: dict[str, Any] = {"state": "released", "attempt": 1, "ctx": ctx}
+        for member in cohort:
+            self.keepers[member].append(Outcome, event_id=events[member], reason="upload_started", **said)
+        digests = {
+            "sum_digest": result.sum_digest.hex(),
+            "model_digest": result.model_digest.hex(),
+            "ctx": ctx,
+        }
+        fields = {"manifest": manifest.digest.hex(), "round": number, "step": step, "attempt": 1}
         self.hub.append(Completed, cohort=tuple(cohort), **fields, **digests)
         for member in cohort:
             self.keepers[member].append(Outcome, event_id=events[member], reason="completed", **said)
+
+    def opened(self, manifest: Manifest, number: int, ids: tuple[int, ...]) -> Transcript:
+        """A real sum of random vectors; without pair masks, which cancel in it anyway."""
+        man, earlier = manifest.digest, self.transcripts.setdefault(manifest.digest, [])
+        params = run_params(manifest, check(manifest, None), self.roster, HUB)
+        began = earlier[-1].result.model_digest if earlier else bytes(32)
+        start = RoundStart(man, bytes(range(32)), number, os.urandom(32), began, 1)
+        cohort = Cohort(number, 1, tuple((member, os.urandom(32)) for member in ids))
+        ctx = context(man, start.dirh, began, cohort)
+        accumulator, uploads, openings = Accumulator(params, cohort, ctx), list[Upload](), list[Open]()
+        for member in ids:
+            b, sign = os.urandom(32), self.keepers[member].protocol.sign
+            vectors = (
+                np.frombuffer(os.urandom(params.parameters * params.bits // 8), f"<u{params.bits // 8}"),
+                np.zeros(params.scalars, "<u8"),
+            )
+            masked = [with_one(words) for words in vectors]
+            for vector, words in zip(keys.VECTORS, masked, strict=True):
+                apply_keystreams(words, [keys.self_mask_key(b, vector, ctx)])
+            payload = b"".join(words.tobytes() for words in masked)
+            self.payloads[man.hex(), number, member] = payload
+            digests = chunk_digests(payload, params.layout)
+            commit = keys.commitment(b, ctx, member)
+            uploads.append(signed(Upload(member, ctx, commit, payload_digest(digests), digests), man, sign))
+            openings.append(signed(Open(member, ctx, b), man, sign))
+            accumulator.add_header(member, uploads[-1])
+            for index, span in enumerate(params.layout.spans):
+                accumulator.add_chunk(member, index, payload[span.start : span.stop])
+        for opening in openings:
+            accumulator.open(opening.id, opening)
+        result = Result(ctx, accumulator.finish().digest, os.urandom(32))
+        start, result = (signed(record, man, self.hub_key.sign) for record in (start, result))
+        earlier.append(Transcript(start, cohort, tuple(uploads), tuple(openings), result))
+        return earlier[-1]
 
     def end(self, manifest: Manifest) -> None:
         self.hub.append(Ended, manifest=manifest.digest.hex(), status="done")
@@ -214,7 +274,13 @@ class Federation:
             head=keeper.ledger.checkpoint(public_key(keeper.key)),
             heads=keeper.witness.to_bytes(),
             studies={digest.hex(): document for digest, document in self.documents.items()},
+            rounds={}
+            if party
+            else {man.hex(): self.rounds(found) for man, found in self.transcripts.items()},
         )
+
+    def rounds(self, transcripts: Sequence[Transcript]) -> bytes:
+        return write_transcripts([transcript.to_bytes() for transcript in transcripts])
 
     def evidences(self) -> list[Evidence]:
         return [self.evidence(party) for party in self.keepers]

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from common.audit.cli import SELF_CONSISTENT, app
 from common.audit.evidence import Evidence
+from common.audit.payloads import member_name
 from common.audit.proofs import own_key, verify_proof
 from common.identity import fingerprint, public_key
 from common.ledger.entries import Approval, Pause, PolicyChange, Restored, Rules, decode
@@ -144,6 +147,66 @@ def test_verify_refuses_files_that_are_none(files: list[Path], trust: Path, tmp_
 
 
 # -- log ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    federation = Federation(tmp_path_factory.mktemp("kept"))
+    federation.round(federation.submit(aggregation__audit="payloads"), 1)
+    yield federation
+    federation.close()
+
+
+def handed_over(kept: Federation, folder: Path, **changes: bytes) -> tuple[Path, Path, Path]:
+    """The hub's evidence, its payloads with those of some sites changed, and the trusted roster."""
+    evidence, payloads, trust = (folder / name for name in ("kept.zip", "payloads.zip", "roster.json"))
+    evidence.write_bytes(kept.evidence(0).to_bytes())
+    trust.write_bytes(kept.trust.to_bytes())
+    with zipfile.ZipFile(payloads, "w") as archive:
+        for key, payload in kept.payloads.items():
+            archive.writestr(member_name(*key), changes.get(f"site_{key[2]}", payload))
+    return evidence, payloads, trust
+
+
+def test_recompute_says_that_every_sum_is_right(kept: Federation, tmp_path: Path) -> None:
+    evidence, payloads, trust = handed_over(kept, tmp_path)
+    digest = next(iter(kept.manifests)).hex()[:12]
+    result = run("recompute", evidence, payloads, "--trust", trust)
+    assert result.exit_code == 0
+    assert result.stdout == (
+        f"ok    hub  sum  study {digest}, round 1: the sum of 4 hospitals, bit for bit\nall 1 sums are right\n"
+    )
+    found = data("recompute", evidence, payloads, "--trust", trust)
+    assert (found["trusted"], found["passed"]) == (True, True)
+    assert found["checks"][-1]["name"] == "sum"
+    assert data("recompute", evidence, payloads, code=5, slug="audit.untrusted")["passed"]
+
+
+def test_recompute_names_the_sum_that_is_not(kept: Federation, tmp_path: Path) -> None:
+    other = next(data for key, data in kept.payloads.items() if key[2] == 3)
+    evidence, payloads, trust = handed_over(kept, tmp_path, site_2=other)
+    result = run("recompute", evidence, payloads, "--trust", trust)
+    assert result.exit_code == 5
+    assert result.stdout == "FAIL  hub  sum  chunk 0 of hospital 2 was altered\nnot every sum is right\n"
+    data("recompute", evidence, payloads, "--trust", trust, code=5, slug="audit.failed")
+
+
+def test_recompute_refuses_what_says_nothing(
+    kept: Federation, files: list[Path], trust: Path, tmp_path: Path
+) -> None:
+    evidence, payloads, _ = handed_over(kept, tmp_path)
+    hub, mary = files[:2]
+    assert "no completed round of a study that keeps payloads" in failure(
+        "recompute", hub, payloads, "--trust", trust, code=3, slug="audit.no-sums"
+    )
+    failure("recompute", mary, payloads, "--trust", trust, code=2, slug="audit.hub")
+    failure("recompute", evidence, tmp_path / "none.zip", code=2, slug="audit.file")
+    failure("recompute", evidence, evidence, code=5, slug="audit.payloads")
+    # Evidence that fails is not computed upon: its failed checks are shown instead.
+    result = run("recompute", evidence, payloads, "--trust", trust)
+    assert result.exit_code == 5
+    assert "FAIL  hub  identity" in result.stdout
+    assert result.stdout.endswith("the evidence does not hold: no sum was computed\n")
 
 
 def test_log_prints_an_entry_a_line(ran: Federation, files: list[Path]) -> None:

@@ -33,6 +33,7 @@ from common.ledger.entries import (
 from common.ledger.notes import origin_of, sign_note
 from common.roster import Roster, SignedRoster
 from common.secagg import records
+from common.secagg.transcript import Transcript
 from common.study import Manifest
 from common.witness import HUB, Offer, Witness, read_state
 from tests.common.audit.federation import Federation, charged
@@ -243,7 +244,7 @@ def expired_study(ran: Federation, evidence: Evidence) -> Evidence:
 
 
 def unrunnable_study(ran: Federation, evidence: Evidence) -> Evidence:
-    manifest = ran.manifest(aggregation__audit="payloads")
+    manifest = ran.manifest(aggregation__codec__step=1e-9)
     return approve(ran, evidence, manifest, ran.document(manifest))
 
 
@@ -289,6 +290,55 @@ def forbidding(opened: Entry) -> Entry:
     return PolicyChange(actor=opened.actor, time=opened.time, before=None, after=after)
 
 
+def transcripts(change: Callable[[Federation, list[Transcript]], Any]) -> Change:
+    """Other transcripts of the first study's rounds."""
+
+    def apply(ran: Federation, evidence: Evidence) -> Evidence:
+        man = next(iter(ran.transcripts))
+        found = list(ran.transcripts[man])
+        change(ran, found)
+        return replace(evidence, rounds={**evidence.rounds, man.hex(): ran.rounds(found)})
+
+    return apply
+
+
+def forged_opening(_: Federation, found: list[Transcript]) -> None:
+    """Opened by the hub in the name of Northgate, under a signature of another record."""
+    openings = found[0].openings
+    found[0] = replace(
+        found[0], openings=(openings[0], replace(openings[1], sig=openings[0].sig), *openings[2:])
+    )
+
+
+def another_result(ran: Federation, found: list[Transcript]) -> None:
+    """A result that the hub signed later, of another sum."""
+    result = replace(found[0].result, sum_digest=bytes(32))
+    found[0] = replace(found[0], result=records.signed(result, found[0].start.man, ran.hub_key.sign))
+
+
+def another_round(ran: Federation, found: list[Transcript]) -> None:
+    """One more round that all hospitals have signed, and the hub's ledger does not have."""
+    man = found[0].start.man
+    kept, ran.transcripts[man] = ran.transcripts[man], list(found)
+    try:
+        found.append(ran.opened(ran.manifests[man], 5, (1, 2, 3, 4)))
+    finally:
+        ran.transcripts[man] = kept
+
+
+def invented_sum(ran: Federation, evidence: Evidence) -> Evidence:
+    """The hub says that it completed a round of which the hospitals have signed nothing."""
+
+    def change(entries: Entries) -> None:
+        last = max(at for at, entry in enumerate(entries) if isinstance(entry, Completed))
+        old = entries[last]
+        assert isinstance(old, Completed)
+        later = {"round": old.round + 1, "step": old.step + 1, "time": entries[-1].time}
+        entries.append(old.model_copy(update=later))
+
+    return ran.rewritten(evidence, change)
+
+
 def old_head(ran: Federation, evidence: Evidence) -> Evidence:
     return replace(evidence, head=ran.head(evidence.party, evidence.leaves[:-1]))
 
@@ -317,6 +367,15 @@ TABLE: list[tuple[str, int, Change, str, str]] = [
     ("truncation of the hub", HUB, rolled_back(8), HUBS, "as-seen"),
     ("a fork", NORTHGATE, rewrite(lambda e: put(e, Opened, epsilon_t="2.5")), NORTHS, "as-seen"),
     ("a fork that one saw", MARY, heads(see_another_root), NORTHS, "as-seen"),
+    # Sums that the hub says it opened.
+    ("all transcripts gone", HUB, lambda _, e: replace(e, rounds={}), HUBS, "openings"),
+    ("a transcript gone", HUB, transcripts(lambda _, found: found.pop(1)), HUBS, "openings"),
+    ("a transcript twice", HUB, transcripts(lambda _, found: found.append(found[1])), HUBS, "openings"),
+    ("a forged opening", HUB, transcripts(forged_opening), HUBS, "openings"),
+    ("another result", HUB, transcripts(another_result), HUBS, "openings"),
+    ("a round that the ledger does not have", HUB, transcripts(another_round), HUBS, "openings"),
+    ("an invented sum", HUB, invented_sum, HUBS, "openings"),
+    ("transcripts that are none", HUB, lambda _, e: replace(e, rounds=dict.fromkeys(e.rounds, b"x")), HUBS, "openings"),
     # Signatures, heads, names, keys.
     ("a forged head", MARY, signed_by_another, MARYS, "head-signature"),
     ("a head of another ledger", MARY, lambda ran, e: replace(e, head=ran.evidence(NORTHGATE).head), MARYS, "head-signature"),

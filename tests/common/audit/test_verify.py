@@ -50,7 +50,7 @@ SITE = {
     "remembers",
 }
 SITE |= {"charged-as-completed", "completed-as-said"}
-HUB = {"membership", "completions"}
+HUB = {"membership", "completions", "openings"}
 
 
 def wrong(found: Verification) -> list[str]:

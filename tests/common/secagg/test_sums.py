@@ -17,7 +17,7 @@ from common.secagg.codec import CHUNK_BYTES
 from common.secagg.hub import HubRound
 from common.secagg.masks import apply_keystreams, remove_self_mask
 from common.secagg.records import Cohort, Open, Upload
-from common.secagg.sums import Accumulator, recompute
+from common.secagg.sums import Accumulator, Sums, recompute
 from tests.common.secagg.federation import Federation, matches, memory, signing_key
 
 FOUR = memory(4)
@@ -275,26 +275,34 @@ def test_an_auditor_recomputes_the_sum() -> None:
     hub, headers = sent(federation)
     federation.open(hub)
     cohort = Cohort(1, 1, tuple((i, hub._ready[i].nu) for i in federation.ids))
-    openings = hub.accumulator.openings
-    evidence = {i: (headers[i], federation.sites[i].payload(), openings[i]) for i in federation.ids}
-    ctx = hub.accumulator.ctx
-    sums = recompute(federation.params, cohort, ctx, evidence)
+    openings, ctx = dict(hub.accumulator.openings), hub.accumulator.ctx
+    payloads = {i: federation.sites[i].payload() for i in federation.ids}
+
+    def again(
+        headers: dict[int, Upload] = headers,
+        payloads: dict[int, bytes] = payloads,
+        openings: dict[int, Open] = openings,
+    ) -> Sums:
+        return recompute(federation.params, cohort, ctx, headers, openings, payloads.__getitem__)
+
+    sums = again()
     assert sums.digest == hub.finish().digest == hub.result(bytes(32)).sum_digest
     assert matches(federation, sums)
-    header, payload, opening = evidence[2]
-    false: list[tuple[dict[int, tuple[Upload, bytes, Open]], str]] = [
-        ({i: e for i, e in evidence.items() if i != 2}, "all of its cohort"),
-        ({**evidence, 2: (header, payload[:-1], opening)}, "another length"),
-        ({**evidence, 2: (header, payload + b"\x00", opening)}, "another length"),
-        ({**evidence, 2: (header, b"\x00" * len(payload), opening)}, "altered"),
-        ({**evidence, 2: (dataclasses.replace(header, commit=bytes(32)), payload, opening)}, "not signed"),
-        ({**evidence, 2: (header, payload, dataclasses.replace(opening, b=bytes(32)))}, "not signed"),
-        ({**evidence, 2: evidence[3]}, "another context or name"),
-        ({**evidence, 9: evidence[3]}, "another context or name"),
+    header, payload, opening = headers[2], payloads[2], openings[2]
+    false: list[tuple[Callable[[], object], str]] = [
+        (lambda: again({i: h for i, h in headers.items() if i != 2}), "all of its cohort"),
+        (lambda: again(openings={i: o for i, o in openings.items() if i != 2}), "have not opened"),
+        (lambda: again(payloads={**payloads, 2: payload[:-1]}), "another length"),
+        (lambda: again(payloads={**payloads, 2: payload + b"\x00"}), "another length"),
+        (lambda: again(payloads={**payloads, 2: b"\x00" * len(payload)}), "altered"),
+        (lambda: again({**headers, 2: dataclasses.replace(header, commit=bytes(32))}), "not signed"),
+        (lambda: again(openings={**openings, 2: dataclasses.replace(opening, b=bytes(32))}), "not signed"),
+        (lambda: again({**headers, 2: headers[3]}), "another context or name"),
+        (lambda: again({**headers, 9: headers[3]}, {**payloads, 9: payload}), "another context or name"),
     ]
     for wrong, match in false:
         with pytest.raises(WardroundError, match=match):
-            recompute(federation.params, cohort, ctx, wrong)
+            wrong()
 
 
 @settings(max_examples=40, deadline=None)
