@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ONLY ?=
 
-.PHONY: demo test lint format bench faults stubs lines
+.PHONY: demo test lint format bench faults fuzz mutants stubs lines
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,11 +32,23 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# TenSEAL is only compared with: installed by ``make bench`` alone, and left out where it has no wheel.
 bench: $(STAMP)
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m tests.bench $(ONLY)
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults $(ARGS)
+
+# The fuzzer is large and nothing else needs it: installed by the first ``make fuzz`` alone.
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
+# Nothing else needs cosmic-ray: installed by the first ``make mutants`` alone. It changes a copy of the tree.
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mutants]'
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 stubs: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. common/link.proto

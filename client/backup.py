@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from client.identity import SiteIdentity, load_policy
 from client.state import SiteHome, write_durable
@@ -29,7 +28,7 @@ from common.admissible import Admitted, check
 from common.audit.spending import cap_of
 from common.encoding import canonical_json, parse_canonical_json
 from common.errors import FailureError, UsageError, VerificationError, WardroundError
-from common.identity import key_text, name_problem, public_key, sync_folder
+from common.identity import key_text, name_problem, public_key, read_private_pem, sync_folder
 from common.ledger import entries as leaves
 from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, Pause, Restored
 from common.ledger.store import Head, Ledger
@@ -136,8 +135,8 @@ class Backup:
     @property
     def _ledger_key(self) -> Ed25519PrivateKey:
         try:
-            key = load_pem_private_key(self.files[_KEY], password=None)
-        except (ValueError, TypeError) as error:
+            key = read_private_pem(self.files[_KEY])
+        except ValueError as error:
             raise _refused("the backup", f"{_KEY} in it holds no readable private key") from error
         if not isinstance(key, Ed25519PrivateKey):
             raise _refused("the backup", f"{_KEY} in it is not an Ed25519 key")

@@ -170,7 +170,8 @@ class Computation:
         reply, result = frame
         if reply.get("status") != "ok":
             code = str(reply.get("code", "worker.failed"))
-            places = ", ".join(reply.get("at", []))
+            at = reply.get("at", [])
+            places = ", ".join(map(str, at)) if isinstance(at, list) else ""
             kind = ContractError if code.startswith(("contract.", "source.")) else FailureError
             raise kind(code, f"the worker could not do it ({code}{': ' + places if places else ''})")
         return result

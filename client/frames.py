@@ -22,7 +22,7 @@ def write_frame(stream: IO[bytes], header: dict[str, Any], blob: bytes = b"") ->
 
 
 def read_frame(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
-    """Read one frame, or None at a clean end. Raises FailureError for anything else."""
+    """Read one frame, or None at a clean end. Raises FailureError; VerificationError for another header."""
     sizes = stream.read(12)
     if not sizes:
         return None

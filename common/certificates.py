@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import Final, Literal
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from common.errors import UsageError, VerificationError
-from common.identity import MAX_ID, check_name, name_problem, private_pem, read_secret, write_secret
+from common.identity import (
+    MAX_ID,
+    check_name,
+    name_problem,
+    private_pem,
+    read_private_pem,
+    read_secret,
+    write_secret,
+)
 
 Role = Literal["site", "coordinator"]
 
@@ -38,6 +46,11 @@ _HOST_LABEL: Final = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST: Final = re.compile(rf"{_HOST_LABEL}(?:\.{_HOST_LABEL})*")
 _SERVER_NAME: Final = "wardround hub"
 _PEM: Final = serialization.Encoding.PEM
+# What the library raises on a document that it cannot read, in one call or another.
+_UNREADABLE: Final = (
+    *(ValueError, TypeError, InternalError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion),
+    *(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +97,9 @@ class Authority:
     def load(cls, folder: Path) -> "Authority":
         """Read what save wrote. Raises RefusedError or VerificationError."""
         try:
-            key = serialization.load_pem_private_key(read_secret(folder / "authority.key"), password=None)
+            key = read_private_pem(read_secret(folder / "authority.key"))
             certificate = read_certificate((folder / "authority.pem").read_bytes(), "authority certificate")
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, *_UNREADABLE) as error:
             problem = f"the authority in {folder} cannot be read"
             remedy = "Restore authority.key and authority.pem from the backup of the hub's keys."
             raise VerificationError("certificates.authority-files", problem, remedy=remedy) from error
@@ -170,7 +183,7 @@ def read_request(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(csr_pem)
         key = request.public_key()
         proven = request.is_signature_valid
-    except (ValueError, InvalidSignature, TypeError) as error:
+    except _UNREADABLE as error:
         raise VerificationError("certificates.request", "the certificate request cannot be read") from error
     if request.public_bytes(_PEM) != csr_pem:
         problem = "the certificate request is not exactly one PEM block"
@@ -187,7 +200,7 @@ def read_certificate(certificate_pem: bytes, what: str) -> x509.Certificate:
         if len(certificate_pem) > MAX_PEM_BYTES:
             raise ValueError("too long")
         certificates = x509.load_pem_x509_certificates(certificate_pem)
-    except ValueError as error:
+    except _UNREADABLE as error:
         raise VerificationError("certificates.pem", f"the {what} is not a PEM certificate") from error
     if len(certificates) != 1:
         raise VerificationError("certificates.pem", f"the {what} must be exactly one certificate")
@@ -208,7 +221,8 @@ def peer_identity(certificate_pem: bytes) -> Peer:
         purposes = list(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)
         names = list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
         subject = [attribute.value for attribute in certificate.subject]
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+        key = _p256(certificate.public_key(), "certificate")
+    except _UNREADABLE as error:
         problem = "the peer's certificate lacks what a wardround client certificate has"
         raise VerificationError("certificates.peer", problem) from error
     if constraints.ca or purposes != [ExtendedKeyUsageOID.CLIENT_AUTH]:
@@ -226,7 +240,7 @@ def peer_identity(certificate_pem: bytes) -> Peer:
     if problem := name_problem(name, "common name of the peer's certificate"):
         raise VerificationError("certificates.peer-subject", problem)
     role: Role = "site" if match[1] == "site" else "coordinator"
-    return Peer(role, int(match[2]), name, key_fingerprint(_p256(certificate.public_key(), "certificate")))
+    return Peer(role, int(match[2]), name, key_fingerprint(key))
 
 
 def key_fingerprint(public: ec.EllipticCurvePublicKey) -> str:
@@ -238,8 +252,8 @@ def key_fingerprint(public: ec.EllipticCurvePublicKey) -> str:
 def private_key_fingerprint(key_pem: bytes) -> str:
     """key_fingerprint of a private key in PEM. Raises VerificationError when it is no P-256 key."""
     try:
-        key = serialization.load_pem_private_key(key_pem, password=None)
-    except (ValueError, TypeError) as error:
+        key = read_private_pem(key_pem)
+    except ValueError as error:
         raise VerificationError("certificates.key", "the private TLS key cannot be read") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise VerificationError("certificates.key", "the private TLS key is not an EC P-256 key")
@@ -253,7 +267,7 @@ def check_issued(certificate_pem: bytes, authority_pem: bytes) -> None:
     try:
         constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound) as error:
+    except _UNREADABLE as error:
         problem = "the certificate is not signed by the authority beside it"
         raise VerificationError("certificates.issuer", problem) from error
     if not constraints.ca:

@@ -105,20 +105,23 @@ def received(
     created_at: float,
     ttl_s: float,
 ) -> Message:
-    """Rebuild at a site the message that the hub sent."""
-    metadata = Metadata(
-        run_id=1,
-        message_id=message_id,
-        src_node_id=HUB_NODE_ID,
-        dst_node_id=node_id,
-        reply_to_message_id="",
-        group_id=group,
-        created_at=created_at,
-        ttl=ttl_s,
-        message_type=message_type,
-        src_task_id=1,
-        dst_task_id=1,
-    )
+    """Rebuild at a site the message that the hub sent. Raises VerificationError for no type of Flower's."""
+    try:
+        metadata = Metadata(
+            run_id=1,
+            message_id=message_id,
+            src_node_id=HUB_NODE_ID,
+            dst_node_id=node_id,
+            reply_to_message_id="",
+            group_id=group,
+            created_at=created_at,
+            ttl=ttl_s,
+            message_type=message_type,
+            src_task_id=1,
+            dst_task_id=1,
+        )
+    except ValueError as error:
+        raise VerificationError("flower.type", "the hub sent a message of no known type") from error
     return Message(content=content(body, attachment), metadata=metadata)  # type: ignore[call-overload,no-any-return]
 
 

@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -234,11 +234,19 @@ def private_pem(key: PrivateKeyTypes) -> bytes:
     return key.private_bytes(serialization.Encoding.PEM, form, plain)
 
 
+def read_private_pem(pem: bytes) -> PrivateKeyTypes:
+    """The key in an unencrypted PKCS #8 PEM. Raises ValueError, whatever is wrong with it."""
+    try:
+        return serialization.load_pem_private_key(pem, password=None)
+    except (TypeError, UnsupportedAlgorithm, InternalError) as error:
+        raise ValueError("not a private key that can be read") from error
+
+
 def load_signing_key(path: Path) -> Ed25519PrivateKey:
     """Read what save_signing_key wrote. Raises RefusedError, or VerificationError when it is no such key."""
     try:
-        private = serialization.load_pem_private_key(read_secret(path), password=None)
-    except (ValueError, TypeError) as error:
+        private = read_private_pem(read_secret(path))
+    except ValueError as error:
         raise VerificationError("identity.key-file", f"{path} holds no readable private key") from error
     if not isinstance(private, Ed25519PrivateKey):
         raise VerificationError("identity.key-kind", f"{path} holds a private key that is not Ed25519")

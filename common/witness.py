@@ -51,9 +51,7 @@ class Witness:
 
     def to_bytes(self) -> bytes:
         """The memory as canonical JSON: read_state reads it."""
-        seen = {str(party): _text(head) for party, head in self.seen.items()}
-        own = self.cosigned and [_text(self.cosigned.head), *map(_text, self.cosigned.cosigns.values())]
-        return canonical_json({"schema": 1, "seen": seen, "own": own})
+        return _state_bytes(self.seen, self.cosigned)
 
     def offer(
         self, man: bytes, please: HeadPlease, nonce: bytes, leaf_hashes: Sequence[bytes], sign: Sign
@@ -167,6 +165,7 @@ class Witness:
 def read_state(data: bytes) -> tuple[dict[int, Head], Offer | None]:
     """Heads seen, by party, and the own head last cosigned; no signature is checked.
 
+    Guarantee: records_of_heads_have_one_form - only the bytes that to_bytes makes are read.
     Raises: VerificationError.
     """
     value = parse_canonical_json(data, "the record of heads")
@@ -179,13 +178,19 @@ def read_state(data: bytes) -> tuple[dict[int, Head], Offer | None]:
             first, *rest = map(base64_bytes, value["own"])
             cosigns = [records.decode(Cosign, data) for data in rest]
             own = Offer(records.decode(Head, first), {cosign.id: cosign for cosign in cosigns})
-        if any(party != head.id for party, head in seen.items()):
-            raise ValueError("ids")
+        if any(party != head.id for party, head in seen.items()) or _state_bytes(seen, own) != data:
+            raise ValueError("ids, or another form")
     except (ValueError, TypeError, AttributeError) as error:
         raise VerificationError(
             "witness.state", "this is not a record of heads", remedy="Restore it."
         ) from error
     return seen, own
+
+
+def _state_bytes(seen: Mapping[int, Head], own: Offer | None) -> bytes:
+    written = own and [_text(own.head), *map(_text, own.cosigns.values())]
+    by_party = {str(party): _text(head) for party, head in seen.items()}
+    return canonical_json({"schema": 1, "seen": by_party, "own": written})
 
 
 def _text(record: records.Record) -> str:

@@ -43,6 +43,9 @@ OFFLINE_S = 8.0
 REPLACED_S = 4.0
 BLOCKED_S = 30.0
 LOOK_PERIOD_S = 1.0
+MAX_UNASKED = 200
+"""Of one stream within LOOK_PERIOD_S: late replies, repeated frames, heartbeats."""
+MAX_STREAMS = 16
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
@@ -50,6 +53,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Of one connection; and none is kept on which nothing is asked.
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
+    ("grpc.max_connection_idle_ms", 60_000),
     ("grpc.so_reuseport", 0),
 )
 
@@ -73,6 +79,7 @@ class _Connection:
     uploads: dict[str, Upload] = field(default_factory=dict)
     reader: "asyncio.Task[None] | None" = None
     blocked_since: float = math.inf
+    unasked: int = 0
     cut: bool = False
 
     @property
@@ -269,6 +276,7 @@ class Link(link_pb2_grpc.LinkServicer):
     def _drop_the_dead(self) -> None:
         """Cut streams that have fallen silent, forget requests that nobody waits for any more."""
         for node_id, connection in list(self._connections.items()):
+            connection.unasked = 0
             if connection.silence_s > OFFLINE_S:
                 log.info("site %d %r: silent for %.0f s", node_id, connection.peer.name, OFFLINE_S)
                 self._cut(connection)
@@ -360,6 +368,10 @@ class Link(link_pb2_grpc.LinkServicer):
         return peer
 
     async def _read(self, connection: _Connection, frames: AsyncIterator[link_pb2.SiteFrame]) -> None:
+        """Take a site's frames until its stream ends.
+
+        Guarantee: floods_are_cut - more than MAX_UNASKED frames within LOOK_PERIOD_S that nobody asked for.
+        """
         greeted = False
         async for frame in frames:
             connection.last_seen = time.monotonic()
@@ -372,45 +384,51 @@ class Link(link_pb2_grpc.LinkServicer):
                         remedy="Upgrade the older side.",
                     )
                 greeted = True
-            elif which == "reply":
-                await self._on_reply(connection, frame.reply)
-            elif which == "chunk":
-                await self._on_chunk(connection, frame.chunk)
-            elif which != "heartbeat":
+            elif which not in ("reply", "chunk", "heartbeat"):
                 raise VerificationError("link.frame", "the site sent a frame that does not belong here")
+            elif not (
+                (which == "reply" and await self._on_reply(connection, frame.reply))
+                or (which == "chunk" and await self._on_chunk(connection, frame.chunk))
+            ):
+                connection.unasked += 1
+                if connection.unasked > MAX_UNASKED:
+                    problem = f"the site sent more than {MAX_UNASKED} frames at once that nobody asked for"
+                    raise VerificationError("link.flood", problem, remedy="Ask that hospital; or revoke it.")
 
-    async def _on_reply(self, connection: _Connection, reply: link_pb2.Envelope) -> None:
+    async def _on_reply(self, connection: _Connection, reply: link_pb2.Envelope) -> bool:
+        """Take a reply; whether it was asked for and taken."""
         pending = self._pending.get(reply.message_id)
         if pending is None or pending.node_id != connection.peer.number:
             log.debug("site %d: dropped a reply that nobody waits for", connection.peer.number)
-            return
+            return False
         if not reply.attachment_bytes:
             self._deliver(reply)
-            return
+            return True
         if pending.sink is None:
             raise VerificationError("link.attachment", "an attachment came with a reply that may have none")
         if reply.message_id in connection.uploads:
-            return  # said twice on this stream: it is being fetched
+            return False  # said twice on this stream: it is being fetched
         try:
             missing = await self._work(connection, pending.sink.header, reply.body)
         except WardroundError as error:
             log.warning("site %d: refused: %s", connection.peer.number, error)
-            return
+            return False
         if not missing:
             self._deliver(reply)
         elif reply.message_id in self._pending:
             upload = Upload(pending.sink, reply, deque(missing), connection.outbound.put_nowait)
             connection.uploads[reply.message_id] = upload
             self._fetching.begin(upload)
+        return True
 
-    async def _on_chunk(self, connection: _Connection, chunk: link_pb2.Chunk) -> None:
+    async def _on_chunk(self, connection: _Connection, chunk: link_pb2.Chunk) -> bool:
         """Add a chunk that was asked for; what was withdrawn meanwhile, or comes twice, is dropped.
 
         Guarantee: a_half_sent_upload_resumes - no chunk that was added is asked for again.
         """
         upload = connection.uploads.get(chunk.message_id)
         if upload is None or chunk.index != upload.asked:
-            return
+            return False
         if not 0 < len(chunk.data) <= flower.CHUNK_SIZE_BYTES:
             raise VerificationError("link.chunk", "a chunk is empty or longer than 1 MiB")
         self._fetching.arrived(upload)
@@ -420,11 +438,12 @@ class Link(link_pb2_grpc.LinkServicer):
         except WardroundError as error:
             log.warning("site %d: refused: %s", connection.peer.number, error)
             self._end_upload(connection, chunk.message_id)
-            return
+            return False
         finally:
             self._fetching.added()
         if upload.whole and connection.uploads.pop(chunk.message_id, None) is upload:
             self._deliver(upload.reply)
+        return True
 
     async def _work(self, connection: _Connection, function: Callable[..., R], *arguments: object) -> R:
         """Call the sink in a thread. Meanwhile the hub does not listen: the site is not silent."""

@@ -1,5 +1,6 @@
 """Witnesses of ledgers: what is cosigned, what is remembered, and when a round may be charged."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import witness
+from common.encoding import canonical_json
 from common.errors import RefusedError, VerificationError
 from common.identity import new_signing_key, public_key
 from common.ledger.tree import leaf_hash
@@ -190,6 +192,28 @@ def test_a_damaged_memory_is_refused(one: Party, two: Party, damage: bytes) -> N
     state = damage or two.stored.replace(b'"1"', b'"3"')
     with pytest.raises(VerificationError):
         Party(2, state)
+
+
+def test_records_of_heads_have_one_form(one: Party, two: Party) -> None:
+    """The same heads in other words: numbers with zeros in front, true for 1, a cosignature said twice."""
+    one.cosign(two.head(3))
+    head = one.head(2)
+    for party in (2, 3):
+        cosign = records.signed(Cosign(party, records.head_digest(head)), MAN, SIGNERS[party].sign)
+        one.witness.take(MAN, [cosign], KEYS)
+    found = json.loads(one.stored)
+    assert canonical_json(found) == one.stored
+    own, seen = found["own"], found["seen"]
+    others = [
+        {**found, "schema": True},
+        {**found, "own": [*own, own[1]]},
+        {**found, "own": dict.fromkeys(own)},
+        {**found, "seen": {"0" + party: text for party, text in seen.items()}},
+        {**found, "seen": {" " + party: text for party, text in seen.items()}},
+    ]
+    for other in others:
+        with pytest.raises(VerificationError, match="not a record of heads"):
+            Party(1, canonical_json(other))
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,9 +12,11 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client import agent as agent_module
 from common import flower, link_pb2, link_pb2_grpc
+from server import link as link_module
 from server import transfers
 from server.grid import GrpcGrid
 from server.link import Link
@@ -183,6 +185,106 @@ def test_frames_that_come_twice_or_uncalled_change_nothing(pki: Pki) -> None:
         assert sink.headers == [(1, b"header")]
         assert sink.chunks == [(1, index, bytes([index])) for index in range(3)]
         assert list(grid.pull_messages([message_id])) == []
+
+
+def flooded(site: RawSite) -> str:
+    """What a site is told whose stream the hub cuts."""
+    with pytest.raises(grpc.RpcError) as raised:
+        list(iter(site.read, "the end"))
+    assert raised.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+    return str(raised.value.details())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"reply": link_pb2.Envelope(message_id="stranger", body=bytes(1000))},
+        {"chunk": link_pb2.Chunk(message_id="stranger", index=0, data=bytes(1000))},
+        {"heartbeat": link_pb2.Heartbeat()},
+    ],
+    ids=["reply", "chunk", "heartbeat"],
+)
+def test_floods_are_cut(pki: Pki, frame: dict[str, Any]) -> None:
+    """With the reason, and the other sites notice nothing."""
+    with running_link(pki) as link, raw_site(pki, link) as site, RunningAgent(link, pki.client(2), 2, echo):
+        wait_until(lambda: set(link.online()) == {1, 2})
+        for _ in range(2 * link_module.MAX_UNASKED):
+            site.say(**frame)
+        assert "frames at once that nobody asked for" in flooded(site)
+        wait_until(lambda: 1 not in link.online())
+        assert [flower.body_of(reply) for reply in ask(GrpcGrid(link), 2, b"ab")] == [b"ba"]
+        # It may come back, and is heard.
+        with RunningAgent(link, pki.client(1), 1, echo):
+            wait_until(lambda: 1 in link.online())
+            assert [flower.body_of(reply) for reply in ask(GrpcGrid(link), 1, b"cd")] == [b"dc"]
+
+
+def test_a_refused_header_that_comes_again_and_again_is_a_flood(pki: Pki) -> None:
+    with running_link(pki) as link, raw_site(pki, link) as site:
+        grid = GrpcGrid(link)
+        grid.sink = Collected(3, refuse="header")
+        message_id = push(grid, b"x")
+        assert site.read() == "request"
+        for _ in range(2 * link_module.MAX_UNASKED):
+            site.say(reply=link_pb2.Envelope(message_id=message_id, body=b"header", attachment_bytes=6))
+        assert "nobody asked for" in flooded(site)
+
+
+def test_a_frame_past_the_limit_ends_its_own_stream_alone(pki: Pki) -> None:
+    with running_link(pki) as link, raw_site(pki, link) as site, RunningAgent(link, pki.client(2), 2, echo):
+        wait_until(lambda: set(link.online()) == {1, 2})
+        message_id = push(GrpcGrid(link), b"x")
+        assert site.read() == "request"
+        site.say(reply=link_pb2.Envelope(message_id=message_id, body=bytes(link_module.MAX_FRAME_BYTES)))
+        wait_until(lambda: 1 not in link.online())
+        assert message_id in link._pending
+        assert [flower.body_of(reply) for reply in ask(GrpcGrid(link), 2, b"ab")] == [b"ba"]
+
+
+def test_a_site_that_reads_nothing_is_cut(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it speaks: it would hold its place in every round."""
+    monkeypatch.setattr(link_module, "BLOCKED_S", 0.3)
+    with running_link(pki) as link, raw_site(pki, link) as site:
+        push(GrpcGrid(link), b"x", flower.chunks(bytes(64 * MIB)))
+        assert site.read() == "request"
+
+        def gone() -> bool:
+            site.say(heartbeat=link_pb2.Heartbeat())
+            return 1 not in link.online()
+
+        wait_until(gone)
+        assert "cut this stream" in flooded(site)
+
+
+def test_late_frames_over_a_long_time_are_no_flood(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "MAX_UNASKED", 3)
+    with running_link(pki) as link, raw_site(pki, link) as site:
+        connection = link._connections[1]
+        for _ in range(3):
+            wait_until(lambda: connection.unasked == 0)
+            for _ in range(3):
+                site.say(reply=link_pb2.Envelope(message_id="late"))
+            wait_until(lambda: connection.unasked > 0)
+        assert link._connections[1] is connection
+        push(GrpcGrid(link), b"next")
+        assert site.read() == "request"
+
+
+def test_one_connection_has_few_streams(pki: Pki) -> None:
+    mine, request = pki.client(1), health_pb2.HealthCheckRequest()
+    credentials = grpc.ssl_channel_credentials(mine.authority_pem, mine.key_pem, mine.certificate_pem)
+    with running_link(pki) as link, grpc.secure_channel(f"127.0.0.1:{link.port}", credentials) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        calls = [stub.Watch(request, timeout=TIMEOUT_S) for _ in range(link_module.MAX_STREAMS)]
+        for call in calls:
+            assert next(call).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as raised:
+            next(stub.Watch(request, timeout=0.5))
+        assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        calls.pop().cancel()
+        assert next(stub.Watch(request, timeout=TIMEOUT_S)).status == health_pb2.HealthCheckResponse.SERVING
+        for call in calls:
+            call.cancel()
 
 
 def test_waiting_requests_are_sent_once_to_a_site_that_attaches(pki: Pki) -> None:
