@@ -132,6 +132,8 @@ class Review:
             lines += ["note         rho = 0: a cloned honest site may make two sums of one round known"]
         if aggregation.ready_s == 0:
             lines += ["note         ready_s = 0: how long the computation takes is visible to the hub"]
+        if not aggregation.masked:
+            lines.insert(0, "WITHOUT MASKS: the hub sees every update of this hospital")
         for name, key in self.new_fingerprints.items():
             lines += [f"compare      {name}: {key}  (by telephone; approving accepts it)"]
         if self.earlier:

@@ -146,6 +146,9 @@ class Guard:
         without_dp = isinstance(study.privacy, NoDifferentialPrivacy)
         if without_dp and not rules.allow_studies_without_differential_privacy:
             raise RefusedError("policy.no-dp", "the policy forbids studies without differential privacy")
+        if not study.aggregation.masked and not rules.allow_studies_whose_every_update_the_hub_sees:
+            problem = "the policy forbids studies without masks, whose every update the hub sees"
+            raise RefusedError("policy.no-masks", problem)
         if without_dp and study.aggregation.minimum_hospitals != len(study.members):
             # PROTOCOL I12: two cohorts that differ by one hospital would give away that hospital's sum.
             problem = "a study without differential privacy must have all of its members in every round"
@@ -461,5 +464,6 @@ def _rules(policy: Policy) -> Rules:
         minimum_hospitals=rules.minimum_hospitals,
         max_round_minutes=rules.max_round_minutes,
         without_differential_privacy=rules.allow_studies_without_differential_privacy,
+        without_masks=rules.allow_studies_whose_every_update_the_hub_sees,
         coordinators=tuple(rules.coordinators),
     )

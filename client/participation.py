@@ -36,6 +36,7 @@ from common.witness import HUB
 log = logging.getLogger("wardround.site")
 
 LOCKS: Final = 64
+SETUP_STEPS: Final = 4
 
 
 class Participation:
@@ -91,6 +92,7 @@ class Participation:
 
         Guarantee: a_computation_and_a_wait_end_at_once - when the site is paused or the study withdrawn.
         Guarantee: a_withdrawn_run_is_erased_without_any_request - and one that has expired.
+        Guarantee: setup_keys_are_erased_in_time - of a study whose setup is not over in four times quorum_s.
         """
         problem = ""
         try:
@@ -263,7 +265,9 @@ class Participation:
         ledger_keys = {party.id: roster.member(party.id).ledger_key for party in manifest.members}
         ledger_keys[HUB] = self.identity.hub_key
         digest = state.model_digest if state else b""
-        return Running(manifest, params, site, computation, digest, ledger_keys)
+        # The hub may wait for a quorum at each step of the setup.
+        setup_ends = self._clock() + SETUP_STEPS * manifest.study.aggregation.quorum_s
+        return Running(manifest, params, site, computation, digest, ledger_keys, setup_ends)
 
     # -- rounds --------------------------------------------------------------------------------------------
 
@@ -367,6 +371,11 @@ class Participation:
         for man, expires in list(self._open.items()):
             if self._minute() >= expires or self._guard.decision(man) == "denied":
                 self._end(man, "site_stopped")
+        for man, run in list(self._runs.items()):
+            if run.site.setting_up and self._clock() >= run.setup_ends:
+                with self._lock(man):
+                    run.site.end_setup()
+                log.info("%s: the time for its setup is over: its setup keys are erased", run.label)
 
     def _end(self, man: bytes, reason: OutcomeReason) -> None:
         """Kill the worker, erase the secrets, say what became of the last round; again changes nothing.

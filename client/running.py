@@ -53,7 +53,8 @@ def only(found: tuple[Record, ...], kind: type[R]) -> R:
 class Running:
     """``model_digest`` is that of the last accepted round, empty before the first.
 
-    ``ledger_keys`` are those of the members, raw, by id; the hub's is under 0.
+    ``ledger_keys`` are those of the members, raw, by id; the hub's is under 0. ``setup_ends`` is when the
+    setup keys are erased, in seconds since 1970 UTC.
     """
 
     manifest: Manifest
@@ -62,6 +63,7 @@ class Running:
     computation: Computation
     model_digest: bytes
     ledger_keys: Mapping[int, bytes]
+    setup_ends: float
     _cut: threading.Event = field(default_factory=threading.Event)
     _waiting: bool = False
     _newest: int = 0
@@ -93,6 +95,10 @@ class Running:
         if kind is messages.CONFIRMS:
             accepted = site.on_confirms(every(found, records.Confirm))
             log.info("%s: keys shared with %d hospitals", self.label, len(accepted))
+            for peer in sorted(site.disputed - accepted):
+                log.warning(
+                    "%s: no keys shared with hospital %d: one of the two is at fault", self.label, peer
+                )
             return ()
         if kind is messages.OPEN:
             return (site.on_open_please(only(found, records.OpenPlease)),)

@@ -76,6 +76,7 @@ class Rules(Strict):
     coordinators: list[str] = Field(default_factory=list)
     minimum_hospitals: Annotated[int, Field(ge=3)] = 3
     allow_studies_without_differential_privacy: bool = False
+    allow_studies_whose_every_update_the_hub_sees: bool = False
     max_round_minutes: Annotated[int, Field(ge=1, le=24 * 60)] = 60
 
 
@@ -109,14 +110,15 @@ def load(path: Path, model: type[Model]) -> Model:
         problem = f"{path} cannot be read: {error.strerror}"
         remedy = "Check that it is a file which the agent's account may read."
         raise UsageError("settings.unreadable", problem, remedy=remedy) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        remedy = "Correct that line."
-        raise UsageError("settings.toml", f"{path} is not valid TOML: {error}", remedy=remedy) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         remedy = "Correct that field; unknown keys are errors."
         raise UsageError("settings.field", f"{path}: {field}: {first['msg']}", remedy=remedy) from error
+    except (ValueError, RecursionError) as error:
+        # tomllib also fails on a number of thousands of digits, and on tables deep inside one another.
+        remedy = "Correct that line."
+        raise UsageError("settings.toml", f"{path} is not valid TOML: {error}", remedy=remedy) from error
 
 
 SITE_TEMPLATE: Final = """\
@@ -144,6 +146,7 @@ delta = 1e-6
 coordinators = []
 minimum_hospitals = 3
 allow_studies_without_differential_privacy = false
+allow_studies_whose_every_update_the_hub_sees = false
 max_round_minutes = 60
 
 # One table an extract that studies may name, for example:

@@ -33,6 +33,7 @@ def run_params(manifest: Manifest, admitted: Admitted, roster: Roster, me: int) 
         step=aggregation.codec.step,
         range=aggregation.codec.range,
         rounding=aggregation.codec.rounding,
+        masked=aggregation.masked,
         me=me,
         members=tuple(party.id for party in manifest.members),
         keys={member.id: member.protocol_key for member in roster.members},

@@ -73,6 +73,8 @@ Rate: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e6)]
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 Tau: TypeAlias = Annotated[float, Field(ge=1e-12, le=1e3)]
 
+WITHOUT_MASKS: Final = "none_hub_sees_every_update"
+
 
 class _Table(BaseModel):
     model_config = STRICT
@@ -201,6 +203,8 @@ class Codec(_Table):
 class Aggregation(_Table):
     """The secure sum: cohort minimum m, colluders t, rollbacks rho, attempts A, R_max, times, codec.
 
+    Without ``masks`` it is no secure sum: the words travel in plain, and the hub sees every update.
+
     In TOML ``minimum_hospitals``, ``colluders``, ``rollbacks`` and ``rounds_max`` may be left out: ``Study``
     fills them in from the number of members and rounds, so that a manifest always states them.
     """
@@ -216,8 +220,14 @@ class Aggregation(_Table):
     deadline_s: Seconds
     quorum_s: Seconds = 86_400
     state_norm_bound: Annotated[float, Field(gt=0, le=LARGEST)]
+    masks: Literal["pairwise", "none_hub_sees_every_update"] = "pairwise"
     audit: Literal["digests", "payloads"] = "digests"
     codec: Codec
+
+    @property
+    def masked(self) -> bool:
+        """Whether updates are hidden from the hub."""
+        return self.masks != WITHOUT_MASKS
 
     @model_validator(mode="after")
     def _times_are_in_order(self) -> Self:
@@ -299,7 +309,8 @@ class Study(_Table):
         """
         try:
             value = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # tomllib also fails on a number of thousands of digits, and on tables deep inside one another.
             raise UsageError(
                 "study.toml", f"the study is not valid TOML: {error}", remedy="Correct that line."
             ) from error

@@ -1,7 +1,7 @@
 """How a study looks to the coordinator: the text of ``study show``, the table of ``study watch``.
 
 Rules: what a hospital approved is read from the verified manifest, the rest is what the hub says; a study
-without differential privacy says so in its own line.
+without differential privacy or without masks says so in its own line.
 """
 
 from collections.abc import Iterator
@@ -30,6 +30,8 @@ def _summary(manifest: Manifest, info: link_pb2.StudyInfo) -> Iterator[str]:
         yield f"  privacy    noise multiplier {noise:g} in each of {training.steps} steps a round"
     else:
         yield "  privacy    NONE: without differential privacy"
+    if not rules.masked:
+        yield "  masks      NONE: the hub sees every update"
     yield (
         f"  cohort     at least {rules.minimum_hospitals} of {len(study.members)} hospitals, of which "
         f"{rules.colluders} may collude; {rules.attempts} attempts a round, at most {rules.rounds_max} rounds"

@@ -108,6 +108,7 @@ class StudyFacts:
     columns: tuple[str, ...]
     members: tuple[str, ...]
     private: bool
+    masked: bool
     submitted: str
     expires: str
     ended: str
@@ -284,6 +285,7 @@ def _study(digest: str, hub: Hub, hospitals: Sequence[Hospital], found: Study, c
         columns=tuple(study.contract.columns),
         members=study.members,
         private=isinstance(study.privacy, DifferentialPrivacy),
+        masked=study.aggregation.masked,
         submitted=submitted.time if submitted else "",
         expires=study.expires,
         ended=ended.time if ended else "",

@@ -158,6 +158,7 @@ def policy(party: Party) -> str:
         private = not isinstance(manifest.study.privacy, NoDifferentialPrivacy)
         allowed = manifest.coordinator in rules.coordinators
         allowed = allowed and (private or rules.without_differential_privacy)
+        allowed = allowed and (aggregation.masked or rules.without_masks)
         allowed = allowed and aggregation.minimum_hospitals >= rules.minimum_hospitals
         if not allowed or aggregation.deadline_s > 60 * rules.max_round_minutes:
             return f"entry {entry.seq} charges study {studied(entry)[:12]}, which the policy did not allow"

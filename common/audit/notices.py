@@ -19,6 +19,7 @@ from common.study import NoDifferentialPrivacy
 
 LARGEST_DELTA: Final = 1e-5
 KINDS: Final = (
+    "no masks",
     "failed check",
     "unreadable event",
     "no differential privacy",
@@ -71,6 +72,8 @@ def notices(
 def _of_studies(hub: Hub, hospitals: Sequence[Hospital], studies: Mapping[str, Study]) -> Iterator[Notice]:
     for digest, (manifest, _, _) in studies.items():
         name = label(digest, studies)
+        if not manifest.study.aggregation.masked:
+            yield Notice("no masks", "", "", f"{name} runs without masks: the hub sees every update")
         if isinstance(manifest.study.privacy, NoDifferentialPrivacy):
             charged = ", ".join(h.name for h in hospitals if digest in h.by_study) or "no hospital yet"
             text = f"{name} runs without differential privacy: charged at {charged}, epsilon infinite "

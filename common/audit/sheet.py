@@ -101,6 +101,7 @@ def claim_sheet(
         "rounds": study.training.rounds,
         "rounds_max": study.aggregation.rounds_max,
         "t": study.aggregation.colluders,
+        "masks": WORDS["masks"][study.aggregation.masks],
         "dp_accounting": version("dp-accounting"),
         "interval": f"{PLD_INTERVAL:g}",
         "tail": f"{PLD_TAIL_LOG:g}",

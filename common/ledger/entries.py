@@ -174,6 +174,7 @@ class Rules(_Strict):
     minimum_hospitals: Annotated[int, Field(ge=3, le=MAX_ID)]
     max_round_minutes: Annotated[int, Field(ge=1, le=_MAX_EXACT)]
     without_differential_privacy: bool
+    without_masks: bool
     coordinators: Annotated[tuple[KeyText, ...], Field(strict=False)]
 
 

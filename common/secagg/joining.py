@@ -165,6 +165,11 @@ class Joining(Machine):
             self._commit(replace(state, accepted=tuple(sorted(accepted)), setup=setup))
         return frozenset(self._state.accepted)
 
+    @property
+    def setting_up(self) -> bool:
+        """Whether the private setup keys are still kept."""
+        return self._state.setup is not None
+
     def end_setup(self) -> None:
         """The time for setup is over: erase the setup keys; pairs without a key stay without."""
         state = self._running()

@@ -2,10 +2,12 @@
 
 Source: PROTOCOL.md "Keystream" and R3; NIST SP 800-38A (CTR). Rules: the initial counter block is 16 zero
 bytes, so a key serves one vector of one context; the keystream is read as little-endian words and added
-modulo 2^bits in blocks that stay in the second-level cache; of a pair, the lower id adds.
+modulo 2^bits in blocks that stay in the second-level cache; counter mode starts anywhere, so a long vector
+is cut into ranges for several cores; of a pair, the lower id adds.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
@@ -19,24 +21,44 @@ from common.secagg.codec import SCALAR_BITS, Layout, Vector, Words, with_one
 from common.secagg.keys import VECTORS, mask_key, self_mask_key
 
 BLOCK_BYTES: Final = 1 << 18
-_COUNTER: Final = bytes(16)
+RANGE_BYTES: Final = 1 << 22
+_COUNTER_BLOCK_BYTES: Final = 16
 _ZEROS: Final = bytes(BLOCK_BYTES)
 
 
 def apply_keystreams(words: Words, added: Sequence[bytes], subtracted: Sequence[bytes] = ()) -> None:
     """Add and subtract, in place, the keystreams of AES keys (32 bytes each) to contiguous words.
 
+    A vector of several ranges is worked on by several threads; the lock of the interpreter is released.
+
     Guarantee: masks_cancel - adding and subtracting one key leaves the words as they were.
     Raises: VerificationError for words or keys of another shape.
     """
-    keys = [*added, *subtracted]
     if words.ndim != 1 or not words.flags.c_contiguous or words.dtype.kind != "u":
         raise VerificationError("secagg.masks.words", "masks apply to one contiguous vector of words")
-    if any(len(key) != 32 for key in keys):
+    if any(len(key) != 32 for key in (*added, *subtracted)):
         raise VerificationError("secagg.masks.key", "a mask key must have 32 bytes")
-    streams = [Cipher(AES(key), CTR(_COUNTER)).encryptor() for key in keys]
+
+    def apply(start: int) -> None:
+        stop = start + RANGE_BYTES
+        part = words[start // words.itemsize : stop // words.itemsize]
+        _apply_to_range(part, added, subtracted, start // _COUNTER_BLOCK_BYTES)
+
+    starts = range(0, words.nbytes, RANGE_BYTES)
+    if len(starts) < 2:
+        for start in starts:
+            apply(start)
+        return
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(apply, starts))
+
+
+def _apply_to_range(words: Words, added: Sequence[bytes], subtracted: Sequence[bytes], counter: int) -> None:
+    """The keystreams from block ``counter`` of the cipher on."""
+    first = CTR(counter.to_bytes(_COUNTER_BLOCK_BYTES, "big"))
+    streams = [Cipher(AES(key), first).encryptor() for key in (*added, *subtracted)]
     operations = [np.add] * len(added) + [np.subtract] * len(subtracted)
-    scratch = bytearray(min(BLOCK_BYTES, words.nbytes) + 16)
+    scratch = bytearray(min(BLOCK_BYTES, words.nbytes) + _COUNTER_BLOCK_BYTES)
     masks = np.frombuffer(scratch, dtype=np.uint8)
     zeros = memoryview(_ZEROS)
     block_words = BLOCK_BYTES // words.itemsize
@@ -97,10 +119,15 @@ def mask_payload(
     return b"".join(buffer.data for buffer in masked)
 
 
-def remove_self_mask(params: Words, scalars: Words, b: bytes, ctx: bytes) -> None:
-    """Subtract, in place, the self-mask of one opened hospital from both sums (with their last word)."""
+def plain_payload(params: Words, scalars: Words) -> bytes:
+    """The payload of one upload without masks: both vectors with their 1, for the hub to read."""
+    return b"".join(with_one(words).data for words in (params, scalars))
+
+
+def remove_self_masks(params: Words, scalars: Words, seeds: Sequence[bytes], ctx: bytes) -> None:
+    """Subtract, in place, the self-masks of the opened hospitals from both sums (with their last word)."""
     for vector, words in zip(VECTORS, (params, scalars), strict=True):
-        apply_keystreams(words, (), [self_mask_key(b, vector, ctx)])
+        apply_keystreams(words, (), [self_mask_key(b, vector, ctx) for b in seeds])
 
 
 def chunk_digest(chunk: bytes | memoryview) -> bytes:

@@ -27,9 +27,10 @@ class RunParams:
     """One run of one manifest.
 
     ``man`` manifest digest (32 bytes); ``parameters`` >= 1 and ``scalars`` >= 0 are lengths of the two
-    vectors; ``bits`` 16 or 32; ``step``, ``range`` > 0 in units of a parameter; ``me`` own id, or HUB at
-    the hub; ``members`` ascending ids 1..65535; ``keys`` raw Ed25519 protocol keys of at least all
-    members; ``t`` colluders, ``m`` smallest cohort, ``rho`` rollbacks; ``expiry`` "YYYY-MM-DDTHH:MMZ".
+    vectors; ``bits`` 16 or 32; ``step``, ``range`` > 0 in units of a parameter; ``masked`` False only where
+    the hub is to see every update; ``me`` own id, or HUB at the hub; ``members`` ascending ids 1..65535;
+    ``keys`` raw Ed25519 protocol keys of at least all members; ``t`` colluders, ``m`` smallest cohort,
+    ``rho`` rollbacks; ``expiry`` "YYYY-MM-DDTHH:MMZ".
     """
 
     man: bytes
@@ -39,6 +40,7 @@ class RunParams:
     step: float
     range: float
     rounding: Literal["nearest", "dither"]
+    masked: bool
     me: int
     members: tuple[int, ...]
     keys: Mapping[int, bytes] = field(repr=False)
@@ -113,6 +115,7 @@ def _rules(p: RunParams, lowest_t: int) -> Iterator[tuple[bool, str, str]]:
     yield _whole(p.rounds_max, 1, MAX_ROUNDS), "rounds", f"rounds_max must be 1 to {MAX_ROUNDS}"
     yield p.bits in (16, 32), "bits", "the codec has 16 or 32 bits"
     yield p.rounding in ("nearest", "dither"), "rounding", "rounding is nearest or dither"
+    yield type(p.masked) is bool, "masked", "masked is true or false"
     yield _whole(p.parameters, 1, MAX_WORDS), "dims", f"parameters must be 1 to {MAX_WORDS}"
     yield _whole(p.scalars, 0, MAX_WORDS), "dims", f"scalars must be 0 to {MAX_WORDS}"
     yield _positive(p.step), "step", "step must be a finite number above 0"

@@ -17,7 +17,7 @@ from common.errors import RefusedError
 from common.secagg import keys, records
 from common.secagg.codec import SCALAR_BITS, Words, largest, to_words
 from common.secagg.joining import Joining
-from common.secagg.masks import chunk_digests, mask_payload
+from common.secagg.masks import chunk_digests, mask_payload, plain_payload
 from common.secagg.pairing import SEED_BYTES, fresh
 from common.secagg.records import Cohort, Open, OpenPlease, Ready, Result, RoundStart, Upload
 
@@ -177,14 +177,11 @@ class Site(Joining):
         self._require(state.index == state.round, "cohort.ratchet", "the keys are not those of the round")
         b = keys.self_seed(self._seed, ctx)
         accepted = set(state.accepted)
-        payload = mask_payload(
-            *self._vectors,
-            pair_keys={peer: key for peer, key in state.keys if peer in accepted},
-            ids=ids,
-            me=state.me,
-            b=b,
-            ctx=ctx,
-        )
+        pair_keys = {peer: key for peer, key in state.keys if peer in accepted}
+        if params.masked:
+            payload = mask_payload(*self._vectors, pair_keys=pair_keys, ids=ids, me=state.me, b=b, ctx=ctx)
+        else:
+            payload = plain_payload(*self._vectors)
         digests = chunk_digests(payload, params.layout)
         commit = keys.commitment(b, ctx, state.me)
         header = self._signed(Upload(state.me, ctx, commit, records.payload_digest(digests), digests))

@@ -2,7 +2,8 @@
 
 Source: PROTOCOL.md C1, C2, C6, C7. Rules: a chunk counts once, and only when its digest is the one in the
 signed header; a commitment is checked before its self-mask is subtracted; the trailing 1s must sum to the
-size of the cohort. Several connections may add at once.
+size of the cohort. Several connections may add at once: digests are computed outside the lock, and are ten
+times the work of the addition under it.
 """
 
 import hmac
@@ -15,7 +16,7 @@ import numpy as np
 from common.errors import FailureError, RefusedError, VerificationError
 from common.secagg import keys, records
 from common.secagg.codec import Integers, Layout, Words, from_words
-from common.secagg.masks import chunk_digest, empty_sums, remove_self_mask
+from common.secagg.masks import chunk_digest, empty_sums, remove_self_masks
 from common.secagg.params import RunParams
 from common.secagg.records import Cohort, Open, Upload
 
@@ -53,6 +54,7 @@ class Accumulator:
         self._headers: dict[int, Upload] = {}
         self._missing: dict[int, set[int]] = {}
         self._openings: dict[int, Open] = {}
+        self._unmasked: bool | None = None
 
     @property
     def headers(self) -> Mapping[int, Upload]:
@@ -133,7 +135,7 @@ class Accumulator:
                 self._missing[sender].remove(index)
 
     def open(self, sender: int, record: Open) -> None:
-        """R5: check the opening against its commitment and take the self-mask off; again changes nothing.
+        """R5: check the opening against its commitment and keep it for ``finish``; again changes nothing.
 
         Guarantee: a_wrong_opening_is_refused - before anything is subtracted.
         Raises: VerificationError, RefusedError.
@@ -151,12 +153,10 @@ class Accumulator:
                 "secagg.open.commit", f"hospital {sender} opens another seed than it committed to"
             )
         with self._lock:
-            if sender not in self._openings:
-                remove_self_mask(self._params_sum, self._scalars_sum, record.b, self.ctx)
-                self._openings[sender] = record
+            self._openings.setdefault(sender, record)
 
     def finish(self) -> Sums:
-        """The sums, when all have opened.
+        """The sums, when all have opened: at the first call all self-masks come off in one pass.
 
         Guarantee: a_void_sum_is_refused - unless both trailing words equal the size of the cohort.
         Raises: RefusedError while an opening is missing; FailureError for a void result, naming nobody.
@@ -164,13 +164,21 @@ class Accumulator:
         missing = self.missing_openings()
         if missing:
             raise RefusedError("secagg.finish.early", f"hospitals {list(missing)} have not opened")
-        for vector in (self._params_sum, self._scalars_sum):
-            if int(vector[-1]) != len(self.ids):
-                raise FailureError(
-                    "secagg.result.void",
-                    "the sum of this round is void: the hospitals' masks do not cancel",
-                    remedy="Compute the round again under a new number; it does not tell who is at fault.",
-                )
+        with self._lock:
+            if self._unmasked is None:
+                # A pass that fails halfway leaves neither the one sum nor the other: void for good.
+                self._unmasked = False
+                if self._params.masked:
+                    seeds = [opening.b for opening in self._openings.values()]
+                    remove_self_masks(self._params_sum, self._scalars_sum, seeds, self.ctx)
+                self._unmasked = True
+        last_words = {int(self._params_sum[-1]), int(self._scalars_sum[-1])}
+        if not self._unmasked or last_words != {len(self.ids)}:
+            raise FailureError(
+                "secagg.result.void",
+                "the sum of this round is void: the hospitals' masks do not cancel",
+                remedy="Compute the round again under a new number; it does not tell who is at fault.",
+            )
         params, scalars = self._params_sum[:-1], self._scalars_sum[:-1]
         digest = keys.vectors_digest("sum", params, scalars)
         return Sums(from_words(params), from_words(scalars), self.ids, digest)
@@ -186,7 +194,7 @@ def recompute(
 ) -> Sums:
     """The sum again, from the signed header, the kept payload and the opening of every hospital.
 
-    ``payload`` gives that of one hospital; they are asked for one after the other.
+    ``payload`` gives that of one hospital; they are asked for one after the other, and one is held at a time.
 
     Guarantee: an_auditor_recomputes_the_sum - and refuses evidence that is altered or incomplete.
     Raises: VerificationError, RefusedError, FailureError.
@@ -194,13 +202,16 @@ def recompute(
     accumulator = Accumulator(params, cohort, ctx)
     for member, header in headers.items():
         accumulator.add_header(member, header)
-        data = payload(member)
-        if len(data) != params.layout.payload_bytes:
-            raise VerificationError(
-                "secagg.payload.length", f"the payload of hospital {member} has another length"
-            )
-        for index, span in enumerate(params.layout.spans):
-            accumulator.add_chunk(member, index, data[span.start : span.stop])
+        _add_payload(accumulator, params.layout, member, payload(member))
     for member, opening in openings.items():
         accumulator.open(member, opening)
     return accumulator.finish()
+
+
+def _add_payload(accumulator: Accumulator, layout: Layout, member: int, payload: bytes) -> None:
+    if len(payload) != layout.payload_bytes:
+        raise VerificationError(
+            "secagg.payload.length", f"the payload of hospital {member} has another length"
+        )
+    for index, span in enumerate(layout.spans):
+        accumulator.add_chunk(member, index, payload[span.start : span.stop])

@@ -16,6 +16,7 @@ from common.identity import new_signing_key, public_key
 from common.privacy.filter import odometer
 from common.roster import Member, Roster, SignedRoster
 from common.run import study_document
+from common.study import WITHOUT_MASKS
 from tests.client.federation import ALLOW_WITHOUT_DP, WITHOUT_DP, ComputedHere, Federation, Hub
 from tests.federation import extract_rows
 
@@ -103,6 +104,12 @@ def test_a_study_without_dp_says_so_first(template: Path, tmp_path: Path) -> Non
     assert (found.planned_epsilon, found.rounds_left) == (float("inf"), None)
     found.check_approvable()
     guard.close()
+
+
+def test_a_study_without_masks_says_so_first(federation: Federation, guard: Guard) -> None:
+    federation.edit_policy(1, rules={"allow_studies_whose_every_update_the_hub_sees": True})
+    found = reviewed(federation, guard, aggregation__masks=WITHOUT_MASKS)
+    assert found.text().splitlines()[0] == "WITHOUT MASKS: the hub sees every update of this hospital"
 
 
 def test_what_the_policy_refuses_can_be_seen_but_not_reviewed(federation: Federation, guard: Guard) -> None:

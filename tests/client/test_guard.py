@@ -21,7 +21,7 @@ from common.identity import key_text, new_signing_key, public_key
 from common.ledger.entries import Approval, Charge, Opened, Outcome, Pause, PolicyChange
 from common.privacy.filter import odometer
 from common.roster import Member, Roster, SignedRoster
-from common.study import Manifest
+from common.study import WITHOUT_MASKS, Manifest
 from tests.client.federation import ALLOW_WITHOUT_DP, WITHOUT_DP, Federation
 
 CTX = bytes(range(32))
@@ -388,6 +388,7 @@ def test_the_small_study_may_run(federation: Federation, guard: Guard) -> None:
         ({"rules": {"minimum_hospitals": 4}}, {}, "policy.minimum-hospitals"),
         ({"rules": {"max_round_minutes": 1}}, {"aggregation__deadline_s": 61}, "policy.round-time"),
         ({}, {"privacy": WITHOUT_DP}, "policy.no-dp"),
+        ({}, {"aggregation__masks": WITHOUT_MASKS}, "policy.no-masks"),
         ({}, {"data": "another"}, "policy.data"),
     ],
 )
@@ -407,6 +408,16 @@ def test_a_coordinator_that_the_policy_does_not_name_is_refused(federation: Fede
     foreign = Manifest.model_validate({**fields, "coordinator": key_text(public_key(key))})
     assert federation.sign(foreign, key).verify() == foreign
     refused(lambda: guard.check_runnable(foreign), RefusedError, "policy.coordinator")
+
+
+def test_without_masks_only_where_the_policy_says_so(federation: Federation, guard: Guard) -> None:
+    """And the ledger says that it did."""
+    manifest = federation.manifest(aggregation__masks=WITHOUT_MASKS)
+    federation.edit_policy(1, rules={"allow_studies_whose_every_update_the_hub_sees": True})
+    guard.check_runnable(manifest)
+    guard.charge(manifest, check(manifest, None), 1)
+    changes = [entry for entry in federation.entries(1) if isinstance(entry, PolicyChange)]
+    assert [entry.after.without_masks for entry in changes] == [False, True]
 
 
 def test_without_dp_every_member_is_in_every_round(template: Path, tmp_path: Path) -> None:

@@ -389,6 +389,23 @@ def test_an_expired_run_is_erased(offered: Hub) -> None:
     assert hub.raw(1, messages.KEYS)[0] == UNAVAILABLE[messages.KEYS]
 
 
+def test_setup_keys_are_erased_in_time(offered: Hub) -> None:
+    federation = offered.federation
+    hub = Hub(federation, federation.manifest(aggregation__quorum_s=60), offered.sites)
+    approved(hub)
+    now = [datetime(2031, 5, 1, 12, 0, tzinfo=UTC).timestamp()]
+    site = reopened(hub, clock=lambda: now[0])
+    assert hub.ask(1, messages.KEYS).available
+    for seconds, kept in ((239, True), (1, False)):
+        now[0] += seconds
+        site.watch()
+        state = RunState.from_bytes(site._run_file.load(hub.man) or b"")
+        assert (state.setup is not None) == kept
+        assert not state.closed
+    # The announcement stays: another one for this manifest there never is.
+    assert hub.ask(1, messages.KEYS).records == (state.announce,)
+
+
 def test_closing_erases_the_run(offered: Hub) -> None:
     approved(offered)
     secrets = []

@@ -20,7 +20,7 @@ from common.identity import key_text
 from common.privacy.clipping import weight_limit
 from common.privacy.events import Event
 from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams
-from common.study import Manifest, Party, Study
+from common.study import WITHOUT_MASKS, Manifest, Party, Study
 from common.tasks.models.layout import layout, layout_digest, size
 
 EXAMPLE = tomllib.loads(
@@ -287,7 +287,9 @@ def test_a_patient_must_fit_into_a_hospitals_memory() -> None:
     check(whole(most), None)
 
 
-def test_kept_payloads_are_refused_until_they_are_kept() -> None:
-    with pytest.raises(UsageError) as caught:
-        check(manifest(aggregation={"audit": "payloads"}), None)
-    assert caught.value.code == "study.aggregation.audit"
+def test_what_is_kept_and_what_is_masked_changes_no_number() -> None:
+    plain = check(manifest(), None)
+    for aggregation in ({"audit": "payloads"}, {"masks": WITHOUT_MASKS}):
+        found = check(manifest(aggregation=aggregation), None)
+        assert found.manifest_digest != plain.manifest_digest
+        assert (found.params, found.codec, found.dim) == (plain.params, plain.codec, plain.dim)

@@ -25,6 +25,7 @@ from common.errors import FailureError, RefusedError, UsageError, VerificationEr
 from common.messages import Reply
 from common.secagg import records
 from common.secagg.codec import quantise
+from common.study import WITHOUT_MASKS
 from server import round as round_module
 from server import rounds
 from server.evidence import collect, trust
@@ -692,7 +693,7 @@ def test_sums_are_exact_for_any_update(values: list[list[float]], step: float) -
 
 
 def test_an_upload_sink_takes_headers_only() -> None:
-    sink = round_module._Uploads(SimpleNamespace(accumulator=None))  # type: ignore[arg-type]
+    sink = round_module._Uploads(SimpleNamespace(accumulator=None), None)  # type: ignore[arg-type]
     with pytest.raises(FailureError, match="without an upload header"):
         sink.header(1, messages.encode_reply(Reply(messages.UPLOAD, available=False)))
     with pytest.raises(VerificationError):
@@ -754,3 +755,31 @@ def test_a_hub_without_room_charges_nobody(stage: Make, monkeypatch: pytest.Monk
     assert study.status[0] == "failed"
     assert "has room for 10" in study.status[1]
     assert study.store.started(study.digest) == []
+
+
+# -- without masks -------------------------------------------------------------------------------------------
+
+
+def test_without_masks_the_hub_reads_every_update(stage: Make, tmp_path: Path) -> None:
+    """The same sums, bit for bit, and each payload is a hospital's own integers in plain: hence the name."""
+    study = stage(aggregation__masks=WITHOUT_MASKS, aggregation__audit="payloads", training__rounds=2)
+    study.run()
+    assert study.status == ("done", "")
+    assert np.array_equal(study.model(), exact_model(study.cohorts()))
+    assert [check.passed for check in audited(study, tmp_path)] == [True] * 2
+    zeros = {"all": np.zeros(DIM, dtype=np.float32)}
+    for site in (1, 2, 3):
+        payload = (study.founded.home.payloads / study.digest / "1" / str(site)).read_bytes()
+        sent = np.frombuffer(payload[: 4 * (DIM + 1)], dtype="<i4")
+        assert sent.tolist() == [*quantise(known_update(site, 1, zeros), 1e-5, 100.0).tolist(), 1]
+
+
+def test_with_masks_no_payload_is_an_update(stage: Make) -> None:
+    study = stage(aggregation__audit="payloads", training__rounds=1)
+    study.run()
+    zeros = {"all": np.zeros(DIM, dtype=np.float32)}
+    for site in (1, 2, 3):
+        payload = (study.founded.home.payloads / study.digest / "1" / str(site)).read_bytes()
+        sent = np.frombuffer(payload[: 4 * (DIM + 1)], dtype="<i4")
+        # 224 bits that all differ: a false alarm has a probability below 1e-9 for each word.
+        assert not np.any(sent == [*quantise(known_update(site, 1, zeros), 1e-5, 100.0).tolist(), 1])

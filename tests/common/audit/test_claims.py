@@ -39,7 +39,7 @@ from common.privacy.accountant import Term, compose_epsilon, pld_epsilon
 from common.privacy.events import Event
 from common.privacy.filter import Cap, admits, odometer
 from common.roster import Member, Roster, SignedRoster
-from common.study import Manifest
+from common.study import WITHOUT_MASKS, Manifest
 from tests.common.audit.federation import WITHOUT_DP, Federation, charged
 
 DELTA = 1e-6
@@ -85,7 +85,9 @@ def lose(federation: Federation, manifest: Manifest, round: int, member: int = 1
 def rules(epsilon_t: str = "3", **changes: Any) -> Rules:
     said: dict[str, Any] = {"epsilon_t": epsilon_t, "epsilon_w": "3", "delta": "0.000001"}
     said |= {"minimum_hospitals": 3, "max_round_minutes": 60, "coordinators": ()}
-    return Rules.model_validate({**said, "without_differential_privacy": False, **changes})
+    return Rules.model_validate(
+        {**said, "without_differential_privacy": False, "without_masks": False, **changes}
+    )
 
 
 # -- budgets -----------------------------------------------------------------------------------------------
@@ -316,6 +318,7 @@ PRIVATE_CLAIMS = [
     "sampling",
     "composition",
     "trust",
+    "masks",
     "rng",
     "post_processing",
     "tuning",
@@ -327,7 +330,16 @@ def test_claim_sheets_are_complete(ran: Federation, evidences: list[Evidence]) -
     private, plain = facts_of(ran, evidences).studies
     assert [line.key for line in private.sheet] == PRIVATE_CLAIMS
     plain_keys = [line.key for line in plain.sheet]
-    assert plain_keys == ["unit", "neighbours", "epsilon", "flavour", "mechanism", "trust", "approved"]
+    assert plain_keys == [
+        "unit",
+        "neighbours",
+        "epsilon",
+        "flavour",
+        "mechanism",
+        "trust",
+        "masks",
+        "approved",
+    ]
     for line in (*private.sheet, *plain.sheet):
         assert line.text
         assert "{" not in line.text
@@ -336,6 +348,18 @@ def test_claim_sheets_are_complete(ran: Federation, evidences: list[Evidence]) -
     assert "interval 0.0001" in sheet["accountant"]
     assert sheet["tuning"].startswith("Tuning is not in epsilon")
     assert "ASSUMPTION" not in sheet["arith"]
+
+
+def test_a_study_without_masks_says_so(federation: Federation) -> None:
+    federation.submit(aggregation__masks=WITHOUT_MASKS)
+    facts = facts_of(federation)
+    (study,) = facts.studies
+    assert not study.masked
+    assert {line.key: line.text for line in study.sheet}["masks"].startswith(
+        "NONE: the hub sees every update"
+    )
+    assert facts.notices[0].kind == "no masks"
+    assert "runs without masks: the hub sees every update" in facts.notices[0].text
 
 
 def test_assumed_arithmetic_is_called_an_assumption(federation: Federation) -> None:
@@ -384,7 +408,7 @@ def test_exceptions_stand_in_their_order(federation: Federation) -> None:
     site.append(PolicyChange, before=None, after=rules())
     site.append(PolicyChange, before=rules(), after=rules("1.5", minimum_hospitals=4))
     federation.end(first)
-    second = federation.submit(**WITHOUT_DP)
+    second = federation.submit(**WITHOUT_DP, aggregation__masks=WITHOUT_MASKS)
     lose(federation, second, 1, member=4)
     gone = federation.keepers[2].member
     federation.hub.append(Membership, id=2, name=gone.name, fingerprint=gone.fingerprint, decision="revoked")

@@ -29,7 +29,7 @@ RULES = Rules.model_validate(
         "minimum_hospitals": 3,
         "max_round_minutes": 60,
     }
-    | {"without_differential_privacy": False, "coordinators": ()}
+    | {"without_differential_privacy": False, "without_masks": False, "coordinators": ()}
 )
 ROOT = Path(__file__).parents[3]
 

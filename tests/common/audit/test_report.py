@@ -222,6 +222,17 @@ def test_a_study_without_privacy_is_infinite_and_first(facts: Facts) -> None:
     assert "infinite" in charts.epsilon_steps(facts.registers[0])
 
 
+def test_a_study_without_masks_is_the_first_line(facts: Facts) -> None:
+    """Also of a report that failed."""
+    assert "WITHOUT MASKS" not in Page(render(facts)).text
+    unmasked = replace(
+        facts, verdict="failed", studies=(replace(facts.studies[0], masked=False), *facts.studies[1:])
+    )
+    text = Page(render(unmasked)).text
+    first = text[text.index("UTC", text.index("evidence as of")) :].split("\n", 1)[1].strip()
+    assert first.startswith(f"WITHOUT MASKS, the hub sees every update of: {facts.studies[0].name}.")
+
+
 def test_a_failed_report_says_so_first(facts: Facts) -> None:
     wrong = Notice("failed check", "hub", "", "tree: it does not hold")
     text = Page(render(replace(facts, verdict="failed", notices=(wrong, *facts.notices)))).text

@@ -283,6 +283,7 @@ def forbidding(opened: Entry) -> Entry:
         "minimum_hospitals": 4,
         "max_round_minutes": 60,
         "without_differential_privacy": True,
+        "without_masks": False,
         "coordinators": (),
     }
     caps = {name: getattr(opened, name) for name in ("epsilon_t", "epsilon_w", "delta")}

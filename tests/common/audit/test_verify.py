@@ -283,6 +283,7 @@ def rules(federation: Federation, epsilon: str = "3", **changes: Any) -> Rules:
         "minimum_hospitals": 3,
         "max_round_minutes": 1,
         "without_differential_privacy": False,
+        "without_masks": False,
         "coordinators": (key_text(public_key(federation.coordinator)),),
     }
     return Rules.model_validate({**allowed, **changes})
@@ -353,7 +354,7 @@ def test_roots_at_every_size() -> None:
 
 
 def test_a_study_that_nobody_used_may_be_unrunnable(ran: Federation) -> None:
-    manifest = ran.manifest(aggregation__audit="payloads")
+    manifest = ran.manifest(aggregation__codec__step=1e-9)
     evidence = ran.evidence(1)
     more = {**evidence.studies, manifest.digest.hex(): ran.document(manifest)}
     found = verify([replace(evidence, studies=more)], ran.trust)

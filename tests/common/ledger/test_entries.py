@@ -79,6 +79,7 @@ def rules(epsilon: str = "3", coordinators: tuple[str, ...] = (ACTOR,)) -> Rules
         minimum_hospitals=3,
         max_round_minutes=60,
         without_differential_privacy=False,
+        without_masks=False,
         coordinators=coordinators,
     )
 

@@ -72,6 +72,7 @@ def make_params(n: int = 3, me: int = HUB, **changes: Any) -> RunParams:
         "step": 0.5,
         "range": 1000.0,
         "rounding": "nearest",
+        "masked": True,
         "members": members,
         "keys": {i: public(f"site {i}") for i in members},
         "hub_key": public("hub"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from common.errors import RefusedError, VerificationError, WardroundError
 from common.secagg import records
-from common.secagg.hub import HubRound, Setup
+from common.secagg.hub import HubRound, HubSetup, Setup
 from tests.common.secagg.federation import MODEL, STATE, matches, memory, signing_key
 
 FOUR, FIVE = memory(4), memory(5)
@@ -36,6 +37,40 @@ def test_one_missing_pair_costs_one_hospital() -> None:
     for pair in setup.pairs:
         found = dataclasses.replace(setup, pairs=setup.pairs - {pair}).cohort_among(range(1, 6))
         assert found == tuple(i for i in range(1, 6) if i != pair[1])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "found"),
+    [
+        # 1 has one pair only: taken first, it would keep all the others out.
+        ([(1, 2), (2, 3), (2, 4), (2, 5), (3, 4), (3, 5), (4, 5)], (2, 3, 4, 5)),
+        # 6 leaves before 2 and 4 do, and then fits 1 and 3; once with a pair to 5 besides, who has left too.
+        ([(1, 3), (1, 4), (1, 6), (2, 3), (2, 4), (3, 6)], (1, 3, 6)),
+        ([(1, 3), (1, 4), (1, 6), (2, 3), (2, 4), (3, 6), (5, 6)], (1, 3, 6)),
+    ],
+)
+def test_who_leaves_first_and_who_comes_back(pairs: list[tuple[int, int]], found: tuple[int, ...]) -> None:
+    setup = SIX().setup
+    assert setup is not None
+    assert Setup(setup.directory, setup.dirh, frozenset(pairs)).cohort_among(range(1, 7)) == found
+
+
+def test_a_hub_leaves_the_policy_of_t_0_to_the_hospitals() -> None:
+    federation = FOUR()
+    params = dataclasses.replace(federation.params, t=0)
+    assert HubSetup(params).missing_announces() == (1, 2, 3, 4)
+    setup = federation.setup
+    assert setup is not None
+    arguments: dict[str, Any] = {"round": 1, "state": STATE, "model_digest": MODEL, "deadline": 1}
+    hub = HubRound(params, setup, **arguments, sign=signing_key("hub").sign)
+    assert hub.start.round == 1
+    small = dataclasses.replace(params, m=2)
+    for make in (
+        lambda: HubSetup(small),
+        lambda: HubRound(small, setup, **arguments, sign=signing_key("hub").sign),
+    ):
+        with pytest.raises(RefusedError, match="m must be from 3"):
+            make()
 
 
 def test_only_its_own_ready_of_this_round_is_taken() -> None:

@@ -1,6 +1,7 @@
 """The setup against a hub that substitutes, withholds, relays, splits and repeats."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -15,6 +16,8 @@ from common.secagg.records import Confirm, Directory, KeyAnnounce, PairSeed
 from tests.common.secagg.federation import Counter, Federation, signing_key
 
 R = TypeVar("R", bound=records.Record)
+
+HIGHEST = b"\xff" * 32
 
 
 def announced(n: int = 4, name: str = "test") -> tuple[Federation, Directory]:
@@ -80,9 +83,9 @@ def test_one_directory_per_run() -> None:
     federation, directory = announced(4)
     site = federation.sites[1]
     site.on_directory(directory)
-    smaller = Directory(directory.entries[:3])
-    for again in (site, federation.restart(1)):
-        refuses(federation, 1, lambda again=again: again.on_directory(smaller), "one directory")  # type: ignore[misc]
+    others = [Directory(tuple(e for e in directory.entries if e.id != left)) for left in (2, 3, 4)]
+    for again, other in itertools.product((site, federation.restart(1)), others):
+        refuses(federation, 1, partial(again.on_directory, other), "one directory")
 
 
 def test_resent_seeds_are_identical() -> None:
@@ -110,6 +113,7 @@ def directories(federation: Federation, good: Directory) -> list[tuple[Directory
         (at(3, dataclasses.replace(entries[2], sig=bytes(64))), "not signed by hospital 3"),
         (at(1, signed(KeyAnnounce(1, man, *other), 1, man)), "that this hospital announced"),
         (at(3, signed(KeyAnnounce(3, bytes(32), *other), 3, bytes(32))), "another run"),
+        (at(3, signed(KeyAnnounce(3, HIGHEST, *other), 3, HIGHEST)), "another run"),
         (at(3, twin), "one key"),
         (at(3, half), "one key"),
         (Directory(entries[1:]), "this hospital announced"),
@@ -163,7 +167,9 @@ def test_false_seeds_are_refused() -> None:
         (dataclasses.replace(seed, ct=bytes(1168)), "not signed by hospital 3"),
         (signed(dataclasses.replace(seed), 2, man), "not signed by hospital 3"),
         (signed(dataclasses.replace(seed, man=bytes(32)), 3, man), "another run"),
+        (signed(dataclasses.replace(seed, man=HIGHEST), 3, man), "another run"),
         (signed(dataclasses.replace(seed, dirh=bytes(32)), 3, man), "another run"),
+        (signed(dataclasses.replace(seed, dirh=HIGHEST), 3, man), "another run"),
         (between_others, "not for here"),
         (own, "wrong one of the pair"),
         (signed(PairSeed(man, seed.dirh, 3, 1, seed.ct), 3, man), "not for here"),
@@ -201,6 +207,28 @@ def test_the_first_seed_is_final() -> None:
     assert site.on_pair_seeds([second, seed]) == first
     assert federation.restart(1).on_pair_seeds([second]) == first
     assert federation.disks[1].versions == before
+
+
+def test_seeds_that_arrive_later_are_confirmed_too_in_any_order() -> None:
+    for order in itertools.permutations((1, 3, 6)):
+        federation = seeded(6)
+        found = {seed.i if seed.j == 4 else seed.j: seed for seed in federation.hub.seeds_for(4)}
+        assert found.keys() == {1, 3, 6}
+        site = federation.sites[4]
+        for count in (1, 2, 3):
+            # Those known before come first: they are passed over, and what follows them is not.
+            confirm = site.on_pair_seeds([found[peer] for peer in order[:count]])
+            assert [peer for peer, _ in confirm.tags] == sorted({2, 5, *order[:count]})
+            assert federation.disks[4].state.confirm == confirm
+
+
+def test_a_seed_that_does_not_open_costs_no_other_pair() -> None:
+    federation = seeded(6)
+    man, (first, second, third) = federation.params.man, federation.hub.seeds_for(4)
+    wrong = signed(PairSeed(man, first.dirh, first.i, first.j, second.ct), first.i, man)
+    confirm = federation.sites[4].on_pair_seeds([wrong, second, third])
+    assert [peer for peer, _ in confirm.tags] == [2, 3, 5, 6]
+    assert federation.sites[4].disputed == {1}
 
 
 @pytest.mark.parametrize("withheld", [(1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4), None])
@@ -261,6 +289,7 @@ def test_false_confirmations_are_refused() -> None:
         (dataclasses.replace(good, tags=()), "not signed"),
         (signed(dataclasses.replace(good), 3, man), "not signed"),
         (signed(dataclasses.replace(good, dirh=bytes(32)), 2, man), "another directory"),
+        (signed(dataclasses.replace(good, dirh=HIGHEST), 2, man), "another directory"),
         (signed(dataclasses.replace(good, id=9), 9, man), "outside the directory"),
     ]
     for false, match in cases:
@@ -344,7 +373,14 @@ def test_the_hub_verifies_before_it_passes_on() -> None:
         hub.on_announce(1, signed(dataclasses.replace(entries[0], x25519=entries[1].x25519), 1, man))
     with pytest.raises(RefusedError, match="one key"):
         hub.on_announce(2, signed(dataclasses.replace(entries[1], mlkem=entries[0].mlkem), 2, man))
+    for wrong in (bytes(32), HIGHEST):
+        with pytest.raises(RefusedError, match="another run"):
+            hub.on_announce(2, signed(dataclasses.replace(entries[1], man=wrong), 2, man))
     assert hub.missing_announces() == (2, 3, 4)
+    later = HubSetup(federation.params)
+    later.on_announce(2, entries[1])
+    with pytest.raises(RefusedError, match="one key"):
+        later.on_announce(1, signed(dataclasses.replace(entries[0], mlkem=entries[1].mlkem), 1, man))
     with pytest.raises(RefusedError, match="1 hospitals announced"):
         hub.directory()
     for entry in entries[1:3]:
@@ -361,6 +397,18 @@ def test_the_hub_verifies_before_it_passes_on() -> None:
         hub.on_pair_seeds(1, [dataclasses.replace(seeds[0], sig=bytes(64))])
     with pytest.raises(RefusedError, match="another pair"):
         hub.on_pair_seeds(1, [dataclasses.replace(seeds[0], dirh=bytes(32))])
+    assert (seeds[0].i, seeds[0].j) == (1, 2)
+    for changes in (
+        {"man": bytes(32)},
+        {"man": HIGHEST},
+        {"dirh": bytes(32)},
+        {"dirh": HIGHEST},
+        {"j": 1},
+        {"i": 2, "j": 1},
+    ):
+        for sender in (1, 2):
+            with pytest.raises(RefusedError, match="another pair"):
+                hub.on_pair_seeds(sender, [signed(dataclasses.replace(seeds[0], **changes), sender, man)])
     hub.on_pair_seeds(1, seeds)
     with pytest.raises(RefusedError, match="two seeds"):
         hub.on_pair_seeds(1, [signed(dataclasses.replace(seeds[0], ct=bytes(1168)), 1, man)])
@@ -371,9 +419,36 @@ def test_the_hub_verifies_before_it_passes_on() -> None:
         hub.on_confirm(2, confirm)
     with pytest.raises(RefusedError, match="another directory"):
         hub.on_confirm(1, signed(dataclasses.replace(confirm, dirh=bytes(32)), 1, man))
+    with pytest.raises(RefusedError, match="another directory"):
+        hub.on_confirm(1, signed(dataclasses.replace(confirm, dirh=HIGHEST), 1, man))
+    # A hospital is no peer of its own.
+    hub.on_confirm(1, signed(dataclasses.replace(confirm, tags=((1, bytes(32)), *confirm.tags)), 1, man))
+    assert hub.outcome().pairs == frozenset()
     hub.on_confirm(1, confirm)
     assert hub.missing_confirms() == (2, 3)
     assert hub.outcome().pairs == frozenset()
+
+
+def test_a_hub_that_restarts_has_the_directory_that_it_published() -> None:
+    federation = seeded(4)
+    directory = federation.hub.directory()
+    hub = HubSetup(federation.params, directory)
+    assert (hub.listed, hub.directory(), hub.missing_announces()) == ((1, 2, 3, 4), directory, ())
+    for i, site in federation.sites.items():
+        hub.on_announce(i, site.announce())
+        hub.on_pair_seeds(i, site.on_directory(directory))
+    assert hub.missing_seeds() == ()
+    # Who was not in it stays out: it is final.
+    smaller = HubSetup(federation.params, Directory(directory.entries[:3]))
+    with pytest.raises(RefusedError, match="final"):
+        smaller.on_announce(4, directory.entries[3])
+    confirm = signed(
+        Confirm(4, records.directory_digest(federation.params.man, directory.entries[:3]), ()),
+        4,
+        federation.params.man,
+    )
+    with pytest.raises(RefusedError, match="not in the directory"):
+        smaller.on_confirm(4, confirm)
 
 
 def test_a_split_directory_pairs_nobody_across_the_split() -> None:

@@ -10,10 +10,10 @@ import pytest
 
 from common.errors import RefusedError, VerificationError, WardroundError
 from common.secagg.hub import HubRound
-from common.secagg.records import Cohort, OpenPlease, Result
+from common.secagg.records import Cohort, OpenPlease, Result, payload_digest
 from common.secagg.site import Site
 from common.secagg.state import RunState
-from tests.common.secagg.federation import MODEL, NOW, Federation, matches, memory
+from tests.common.secagg.federation import MODEL, NOW, Counter, Disk, Federation, matches, memory
 
 FOUR = memory(4)
 
@@ -237,6 +237,58 @@ def test_a_state_of_another_run_or_hospital_is_refused() -> None:
         federation.new_site(2, state)
     with pytest.raises(RefusedError, match="another run"):
         federation.new_site(1, dataclasses.replace(state, man=bytes(32)))
+    with pytest.raises(RefusedError, match="another run"):
+        federation.new_site(1, dataclasses.replace(state, man=b"\xff" * 32))
+    with pytest.raises(RefusedError, match="another run"):
+        federation.new_site(1, federation.disks[2].state)
+
+
+def test_a_kept_upload_that_does_not_fit_its_header_is_refused() -> None:
+    federation = FOUR()
+    uploaded(federation)
+    state = federation.disks[1].state
+    header = state.header
+    assert header is not None
+    for digest in (bytes(32), b"\xff" * 32):
+        others = (digest,) * len(header.chunk_digests)
+        for wrong in (
+            dataclasses.replace(header, payload_digest=digest),
+            dataclasses.replace(header, chunk_digests=others),
+            dataclasses.replace(header, chunk_digests=others, payload_digest=payload_digest(others)),
+        ):
+            with pytest.raises(VerificationError, match="payload is damaged"):
+                federation.new_site(1, dataclasses.replace(state, header=wrong))
+    federation.new_site(1, state)
+
+
+def test_the_policy_of_t_0_is_asked_again_at_a_restart() -> None:
+    params = dataclasses.replace(FOUR().site_params(1), t=0)
+    state = RunState(params.man, 1)
+    arguments: dict[str, Any] = {
+        "now": NOW,
+        "charged_round": 0,
+        "persist": Disk(),
+        "entropy": Counter("t"),
+        "sign": bytes,
+    }
+    with pytest.raises(RefusedError, match="t must be at least 1"):
+        Site.restore(params, state, **arguments)
+    assert not Site.restore(params, state, **arguments, outsiders_only=True).closed
+
+
+@pytest.mark.parametrize("ended", ["dropped out", "opened"])
+def test_a_round_that_is_over_here_is_not_computed_again(ended: str) -> None:
+    federation = FOUR()
+    hub, _ = uploaded(federation)
+    site = federation.sites[1]
+    held = site._vectors
+    assert held is not None
+    if ended == "opened":
+        federation.open(hub)
+    else:
+        site.drop_out()
+    assert not any(words.any() for words in held)
+    refuses(federation, 1, lambda: site.ready(*federation.vectors(1), MODEL), "no open round")
 
 
 def test_nothing_secret_is_printed_or_pickled() -> None:

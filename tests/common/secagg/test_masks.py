@@ -1,7 +1,12 @@
 """Masks against the slow reference; cancellation, coverage and uniformity."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +34,33 @@ def test_blocks_continue_one_keystream(dtype: str, extra: int) -> None:
     words = np.zeros(size, dtype=dtype)
     masks.apply_keystreams(words, [b"\x09" * 32])
     assert words.tobytes() == keystream(b"\x09" * 32, words.nbytes)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<u8"])
+@pytest.mark.parametrize("extra_bytes", [-8, 0, 8, 2 * masks.RANGE_BYTES + 24])
+def test_ranges_on_several_threads_continue_one_keystream(dtype: str, extra_bytes: int) -> None:
+    """Whole streams of the cipher itself: the slow reference would take minutes for them."""
+    words = np.zeros((masks.RANGE_BYTES + extra_bytes) // np.dtype(dtype).itemsize, dtype=dtype)
+    streams = [
+        np.frombuffer(
+            Cipher(AES(key), CTR(bytes(16))).encryptor().update(bytes(words.nbytes)), dtype=words.dtype
+        )
+        for key in (b"\x09" * 32, b"\x0a" * 32, b"\x0b" * 32)
+    ]
+    masks.apply_keystreams(words, [b"\x09" * 32, b"\x0a" * 32], [b"\x0b" * 32])
+    assert (words == streams[0] + streams[1] - streams[2]).all()
+
+
+def test_masks_come_off_without_a_second_vector() -> None:
+    sums = np.zeros(4 * masks.RANGE_BYTES // 4, dtype="<u4"), np.zeros(3, dtype="<u8")
+    tracemalloc.start()
+    try:
+        masks.remove_self_masks(*sums, [bytes([i]) * 32 for i in range(20)], CTX)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0 < peak < sums[0].nbytes / 4
+    assert sums[0].any()
 
 
 @settings(max_examples=60, deadline=None)

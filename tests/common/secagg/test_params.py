@@ -47,6 +47,8 @@ def test_the_split_attack_on_six_with_two_colluders_is_refused() -> None:
 GOOD = make_params(6, 1)
 BOUNDS: list[tuple[dict[str, Any], str]] = [
     ({"man": bytes(31)}, "manifest digest"),
+    ({"man": bytes(33)}, "manifest digest"),
+    ({"man": bytearray(32)}, "manifest digest"),
     ({"members": (1, 2)}, "3 to 1000"),
     ({"members": tuple(range(1, 1002))}, "3 to 1000"),
     ({"members": (0, 1, 2, 3, 4, 5)}, "1 to 65535"),
@@ -58,7 +60,9 @@ BOUNDS: list[tuple[dict[str, Any], str]] = [
     ({"keys": {**GOOD.keys, 2: GOOD.keys[3]}}, "differ"),
     ({"keys": {**GOOD.keys, 2: GOOD.hub_key}}, "differ"),
     ({"keys": {**GOOD.keys, 2: bytes(31)}}, "32 bytes"),
+    ({"keys": {**GOOD.keys, 2: bytearray(GOOD.keys[2])}}, "32 bytes"),
     ({"hub_key": b""}, "32 bytes"),
+    ({"hub_key": bytes(33)}, "32 bytes"),
     ({"me": 7}, "not a member"),
     ({"t": 0}, "curious hospital"),
     ({"t": -1}, "curious hospital"),
@@ -78,7 +82,15 @@ BOUNDS: list[tuple[dict[str, Any], str]] = [
     ({"parameters": 0}, "parameters"),
     ({"parameters": (1 << 28) + 1}, "parameters"),
     ({"scalars": -1}, "scalars"),
+    ({"scalars": (1 << 28) + 1}, "scalars"),
+    ({"masked": 1}, "masked"),
+    ({"rho": 7}, "rho"),
+    ({"t": 7}, "curious hospital"),
     ({"step": 0.0}, "step"),
+    ({"step": 0}, "step"),
+    ({"step": (1 << 53) + 1}, "step"),
+    ({"range": 0.0}, "range"),
+    ({"state_norm_bound": 0}, "norm"),
     ({"step": math.nan}, "step"),
     ({"step": "1"}, "step"),
     ({"step": 10**400}, "step"),
@@ -101,6 +113,44 @@ def test_bounds_are_refused(change: dict[str, Any], match: str) -> None:
         check_params(params)
     with pytest.raises(RefusedError, match=match):
         Site(params, persist=Disk(), entropy=Counter("x"), sign=signing_key("site 1").sign)
+
+
+THOUSAND = (*tuple(range(2, 1001)), 65535)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"man": b"\xff" * 32},
+        {
+            "members": THOUSAND,
+            "keys": {i: i.to_bytes(32, "big") for i in THOUSAND},
+            "me": 2,
+            "m": 1000,
+            "range": 1.0,
+        },
+        {"m": 6},
+        {"rho": 0},
+        {"t": 4, "m": 6},
+        {"attempts": 1},
+        {"attempts": 3},
+        {"rounds_max": 1},
+        {"rounds_max": 10_000},
+        {"bits": 16, "range": 1.0},
+        {"rounding": "dither"},
+        {"masked": False},
+        {"parameters": 1},
+        {"parameters": 1 << 28},
+        {"scalars": 0},
+        {"scalars": 1 << 28},
+        {"step": 1},
+        {"step": 1 << 53, "range": 1 << 53},
+        {"step": math.ulp(0.0), "range": math.ulp(0.0)},
+        {"state_norm_bound": 1},
+    ],
+)
+def test_bounds_themselves_are_allowed(change: dict[str, Any]) -> None:
+    check_params(dataclasses.replace(GOOD, **change))
 
 
 def test_t_zero_only_by_the_hospitals_own_policy() -> None:

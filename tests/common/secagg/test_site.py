@@ -20,6 +20,7 @@ from tests.common.secagg.reference import hash_of, kdf, masked
 from tests.common.secagg.strategies import ALL, a_record
 
 FOUR, FIVE = memory(4), memory(5)
+HIGHEST = b"\xff" * 32
 
 
 def hub_signed(record: RoundStart | Result, federation: Federation) -> Any:
@@ -145,7 +146,9 @@ def test_false_starts_are_refused() -> None:
         (dataclasses.replace(start, deadline=1), "not signed by the hub"),
         (records.signed(start, federation.params.man, signing_key("site 2").sign), "not signed by the hub"),
         (hub_signed(dataclasses.replace(start, man=bytes(32)), federation), "another run"),
+        (hub_signed(dataclasses.replace(start, man=HIGHEST), federation), "another run"),
         (hub_signed(dataclasses.replace(start, dirh=bytes(32)), federation), "another run or directory"),
+        (hub_signed(dataclasses.replace(start, dirh=HIGHEST), federation), "another run or directory"),
     ]
     for false, match in cases:
         refuses(federation, 1, partial(federation.sites[1].on_round_start, false), match)
@@ -207,6 +210,18 @@ def test_vectors_of_another_model_shape_or_size_are_refused() -> None:
     ):
         refuses(federation, 1, partial(site.ready, *arguments), match)
     site.ready(params, scalars, MODEL)
+
+
+def test_a_scalar_is_bounded_so_that_the_sum_of_all_members_fits() -> None:
+    federation = memory(7)()
+    federation.round(1)
+    site, (params, _) = federation.sites[1], federation.vectors(1)
+    # Divisible by 7, so that neither one less nor one more will do.
+    bound = ((1 << 63) - 1) // 7
+    for value in (bound + 1, -bound - 1):
+        scalars = np.array([0, value], dtype=np.int64)
+        refuses(federation, 1, partial(site.ready, params, scalars, MODEL), "past the bound")
+    site.ready(params, np.array([bound, -bound], dtype=np.int64), MODEL)
 
 
 # Cohorts and attempts --------------------------------------------------------------------------------
@@ -470,8 +485,9 @@ def test_results_are_checked() -> None:
         lambda: federation.sites[1].on_result(dataclasses.replace(good, sig=bytes(64))),
         "not signed",
     )
-    other = hub_signed(dataclasses.replace(good, ctx=bytes(32)), federation)
-    refuses(federation, 1, lambda: federation.sites[1].on_result(other), "than the one opened")
+    for ctx in (bytes(32), HIGHEST):
+        other = hub_signed(dataclasses.replace(good, ctx=ctx), federation)
+        refuses(federation, 1, partial(federation.sites[1].on_result, other), "than the one opened")
 
 
 def test_split_views_of_the_model_never_meet_in_one_context() -> None:

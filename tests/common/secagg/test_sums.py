@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from common.encoding import digest
 from common.errors import FailureError, RefusedError, VerificationError, WardroundError
 from common.secagg import keys, records
-from common.secagg.codec import CHUNK_BYTES
+from common.secagg.codec import CHUNK_BYTES, Words
 from common.secagg.hub import HubRound
-from common.secagg.masks import apply_keystreams, remove_self_mask
+from common.secagg.masks import apply_keystreams, remove_self_masks
 from common.secagg.records import Cohort, Open, Upload
 from common.secagg.sums import Accumulator, Sums, recompute
 from tests.common.secagg.federation import Federation, matches, memory, signing_key
@@ -232,17 +232,61 @@ def test_a_void_sum_is_refused() -> None:
             hub.result(bytes(32))
 
 
+def test_the_self_masks_come_off_once() -> None:
+    """At the first of several calls at the same time; every one gives the same sum."""
+    federation = LONG()
+    hub, _ = sent(federation)
+    federation.open(hub)
+    accumulator, start = hub.accumulator, threading.Barrier(4)
+    found: list[Sums] = []
+
+    def finish() -> None:
+        start.wait(10)
+        found.append(accumulator.finish())
+
+    threads = [threading.Thread(target=finish) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert {sums.digest for sums in found} == {accumulator.finish().digest}
+    vectors = [federation.vectors(i) for i in federation.ids]
+    assert (found[0].parameters == sum(v[0] for v in vectors)).all()
+    assert (found[0].scalars == sum(v[1] for v in vectors)).all()
+
+
+def test_a_removal_that_fails_halfway_leaves_a_void_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the last words are those of a sum: the words before them are not."""
+    federation = FOUR()
+    hub, _ = sent(federation)
+    federation.open(hub)
+
+    def half(params: Words, scalars: Words, seeds: list[bytes], ctx: bytes) -> None:
+        assert len(seeds) == 4
+        params[-1] = scalars[-1] = 4
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.secagg.sums.remove_self_masks", half)
+        with pytest.raises(MemoryError):
+            hub.finish()
+    for _ in range(2):
+        with pytest.raises(FailureError, match="void"):
+            hub.finish()
+
+
 def test_nothing_is_known_before_the_last_opening() -> None:
     federation = FOUR()
     hub, headers = sent(federation)
     federation.open(hub, (1, 2, 3))
-    params, scalars = hub.accumulator._params_sum, hub.accumulator._scalars_sum
     expected = federation.expected(federation.ids)[0]
-    # What is left on the sum is exactly the self-mask of hospital 4, on every word.
-    b = keys.self_seed(federation.disks[4].state.s, headers[4].ctx)
-    plain = params.copy()
+    ctx = headers[1].ctx
+    plain, scalars = hub.accumulator._params_sum.copy(), hub.accumulator._scalars_sum.copy()
+    remove_self_masks(plain, scalars, [hub.accumulator.openings[i].b for i in (1, 2, 3)], ctx)
+    # What is left then is exactly the self-mask of hospital 4, on every word.
     assert (plain[:-1] != [v % 2**32 for v in expected]).all()
-    remove_self_mask(plain, scalars.copy(), b, headers[4].ctx)
+    remove_self_masks(plain, scalars, [keys.self_seed(federation.disks[4].state.s, ctx)], ctx)
     assert plain.tolist() == [*(v % 2**32 for v in expected), 4]
 
 
@@ -303,6 +347,32 @@ def test_an_auditor_recomputes_the_sum() -> None:
     for wrong, match in false:
         with pytest.raises(WardroundError, match=match):
             wrong()
+
+
+class Held(bytes):
+    """A payload that knows how many of its kind there are."""
+
+    alive = most = 0
+
+    def __init__(self, _data: bytes) -> None:
+        Held.alive += 1
+        Held.most = max(Held.most, Held.alive)
+
+    def __del__(self) -> None:
+        Held.alive -= 1
+
+
+def test_an_auditor_holds_one_payload_at_a_time() -> None:
+    asked: list[int] = []
+
+    def payload(member: int) -> bytes:
+        asked.append(member)
+        return Held(b"".join(EXAMPLE_CHUNKS[member]))
+
+    sums = recompute(EXAMPLE.params, *EXAMPLE_ATTEMPT, EXAMPLE_HEADERS, EXAMPLE_OPENINGS, payload)
+    assert matches(EXAMPLE, sums)
+    assert asked == [1, 2, 3, 4]
+    assert (Held.alive, Held.most) == (0, 1)
 
 
 @settings(max_examples=40, deadline=None)
