@@ -93,12 +93,10 @@ class Running:
         if kind is messages.SEEDS:
             return (site.on_pair_seeds(every(found, records.PairSeed)),)
         if kind is messages.CONFIRMS:
-            accepted = site.on_confirms(every(found, records.Confirm))
+            accepted = site.on_confirms(every(found, records.Tag))
             log.info("%s: keys shared with %d hospitals", self.label, len(accepted))
-            for peer in sorted(site.disputed - accepted):
-                log.warning(
-                    "%s: no keys shared with hospital %d: one of the two is at fault", self.label, peer
-                )
+            for peer in sorted(site.disputed):
+                log.warning("%s: no keys shared with hospital %d: somebody is at fault", self.label, peer)
             return ()
         if kind is messages.OPEN:
             return (site.on_open_please(only(found, records.OpenPlease)),)

@@ -5,6 +5,7 @@ mutual TLS connection and must be the id in the message; every signature is veri
 used or passed on; nothing that the hub does here is needed for the hospitals' secrecy.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from common.secagg.records import (
     Record,
     Result,
     RoundStart,
+    Tag,
     Upload,
 )
 from common.secagg.sums import Accumulator, Sums
@@ -51,16 +53,20 @@ class Setup:
         Guarantee: cohorts_are_fully_paired - every two of the result are in ``pairs``, and none of ``ids``
         that is paired with all of them is left out.
         """
-        known = set(ids) & {entry.id for entry in self.directory.entries}
-        peers = {i: {j for j in known if (min(i, j), max(i, j)) in self.pairs} for i in known}
+        known = sorted(set(ids) & {entry.id for entry in self.directory.entries})
+        apart: dict[int, set[int]] = {i: set() for i in known}
+        for i, j in itertools.combinations(known, 2):
+            if (i, j) not in self.pairs:
+                apart[i].add(j)
+                apart[j].add(i)
         left = set(known)
         while left:
-            worst = min(left, key=lambda i: (len(peers[i] & left), -i))
-            if len(peers[worst] & left) == len(left) - 1:
+            worst = max(left, key=lambda i: (len(apart[i] & left), i))
+            if not apart[worst] & left:
                 break
             left.remove(worst)
-        for i in sorted(known - left):
-            if left <= peers[i]:
+        for i in known:
+            if i not in left and not apart[i] & left:
                 left.add(i)
         return tuple(sorted(left))
 
@@ -172,9 +178,14 @@ class HubSetup:
         """Ids of the Directory that have not confirmed, ascending."""
         return tuple(i for i in self.listed if i not in self._confirms)
 
-    def confirms_for(self, member: int) -> tuple[Confirm, ...]:
-        """The confirmations that ``member`` has to be sent: all but its own, ascending."""
-        return tuple(self._confirms[i] for i in sorted(self._confirms) if i != member)
+    def confirms_for(self, member: int) -> tuple[Tag, ...]:
+        """The tags that ``member`` has to be sent, ascending: each hospital's one for it, and no other."""
+        return tuple(
+            Tag(i, tag)
+            for i, confirm in sorted(self._confirms.items())
+            for peer, tag in confirm.tags
+            if peer == member
+        )
 
     def outcome(self) -> Setup:
         """What the setup has come to so far: a pair counts when each has confirmed the other."""

@@ -12,7 +12,7 @@ from common.errors import RefusedError, VerificationError
 from common.secagg import keys, records
 from common.secagg.machine import Machine
 from common.secagg.pairing import SEED_BYTES, SetupKeys, fresh, pair_info, seal_seed, sender_of, unseal_seed
-from common.secagg.records import Confirm, Directory, KeyAnnounce, PairSeed
+from common.secagg.records import Confirm, Directory, KeyAnnounce, PairSeed, Tag
 
 
 class Joining(Machine):
@@ -25,8 +25,8 @@ class Joining(Machine):
 
     @property
     def disputed(self) -> frozenset[int]:
-        """Peers whose sealed seed or tag was signed but wrong: one of the two of the pair is at fault."""
-        return frozenset(self._disputed)
+        """Peers with a wrong sealed seed or tag, and no pair: one of the two, or the hub, is at fault."""
+        return frozenset(self._disputed - set(self._state.accepted))
 
     def announce(self) -> KeyAnnounce:
         """S1: the setup keys; made and stored at the first call, the same record ever after."""
@@ -136,7 +136,7 @@ class Joining(Machine):
         self._require(listed, "seed.stranger", "a sealed seed comes from outside the directory")
         self._check_signature(seed, sender)
 
-    def on_confirms(self, confirms: Sequence[Confirm]) -> frozenset[int]:
+    def on_confirms(self, tags: Sequence[Tag]) -> frozenset[int]:
         """S4: accept the pairs whose tag verifies. Returns all accepted peers.
 
         With the last pair of the directory accepted, the setup keys are erased. After round 1 has begun
@@ -146,20 +146,16 @@ class Joining(Machine):
         """
         state = self._running()
         self._require(bool(state.dirh), "setup.order", "there is no directory yet")
-        for confirm in confirms:
-            peer = confirm.id in state.listed and confirm.id != state.me
+        for tag in tags:
+            peer = tag.id in state.listed and tag.id != state.me
             self._require(peer, "confirm.stranger", "a confirmation comes from outside the directory")
-            same = confirm.dirh == state.dirh
-            self._require(same, "confirm.run", "a confirmation is for another directory")
-            self._check_signature(confirm, confirm.id)
         if state.index:
             return frozenset(state.accepted)
         pair_keys, accepted = dict(state.keys), set(state.accepted)
-        for confirm in confirms:
-            key = pair_keys.get(confirm.id)
-            for tag in (tag for peer, tag in confirm.tags if peer == state.me):
-                due = keys.confirm_tag(key, state.dirh, confirm.id, state.me) if key else b""
-                (accepted if hmac.compare_digest(tag, due) else self._disputed).add(confirm.id)
+        for tag in tags:
+            key = pair_keys.get(tag.id)
+            due = keys.confirm_tag(key, state.dirh, tag.id, state.me) if key else b""
+            (accepted if hmac.compare_digest(tag.tag, due) else self._disputed).add(tag.id)
         if accepted != set(state.accepted):
             setup = None if accepted == set(state.listed) - {state.me} else state.setup
             self._commit(replace(state, accepted=tuple(sorted(accepted)), setup=setup))

@@ -158,12 +158,20 @@ class PairSeed(Record):
 
 @dataclass(frozen=True, slots=True)
 class Confirm(Record):
-    """S4: proof to every peer that the pair key is known; ``tags`` are (peer, tag), ascending."""
+    """S4 to the hub: proof for every peer that the pair key is known; ``tags`` are (peer, tag), ascending."""
 
     id: Id
     dirh: Digest
     tags: DigestById = field(repr=False)
     sig: Signature = field(default=UNSIGNED, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Tag(Record):
+    """S4 to a peer: the one tag that hospital ``id`` made for it, which verifies under their K_0 alone."""
+
+    id: Id
+    tag: Digest = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

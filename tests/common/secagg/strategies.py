@@ -12,6 +12,7 @@ ALL: list[type[Record]] = [
     records.Directory,
     records.PairSeed,
     records.Confirm,
+    records.Tag,
     records.HeadPlease,
     records.Extension,
     records.Head,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from common.errors import RefusedError, VerificationError, WardroundError
 from common.secagg import records
 from common.secagg.hub import HubSetup
 from common.secagg.pairing import SetupKeys, pair_info, seal_seed
-from common.secagg.records import Confirm, Directory, KeyAnnounce, PairSeed
+from common.secagg.records import Confirm, Directory, KeyAnnounce, PairSeed, Tag
 from tests.common.secagg.federation import Counter, Federation, signing_key
 
 R = TypeVar("R", bound=records.Record)
@@ -254,34 +254,32 @@ def confirmed(n: int = 4) -> tuple[Federation, dict[int, Confirm]]:
 
 def test_a_pair_needs_its_tag() -> None:
     federation, confirms = confirmed()
-    man, good = federation.params.man, confirms[2]
-    tags = dict(good.tags)
-
-    def tagged(pairs: Sequence[tuple[int, bytes]]) -> Confirm:
-        return signed(Confirm(2, good.dirh, tuple(pairs)), 2, man)
-
-    own = dict(confirms[1].tags)
+    tags, own = dict(confirms[2].tags), dict(confirms[1].tags)
     site = federation.sites[1]
     # Wrong, another peer's, reflected and missing tags: the pair is not accepted.
     for value in (bytes(32), tags[3], own[2]):
-        assert site.on_confirms([tagged([(1, value)])]) == frozenset()
+        assert site.on_confirms([Tag(2, value)]) == frozenset()
         assert site.disputed == {2}
-    assert site.on_confirms([tagged([(3, tags[3])]), tagged([])]) == frozenset()
-    assert site.on_confirms([good]) == {2}
+    assert site.on_confirms([]) == frozenset()
+    assert site.on_confirms([Tag(2, tags[1])]) == {2}
+    assert site.disputed == frozenset()
     assert federation.restart(1).accepted == {2}
 
 
-def test_a_reflected_tag_of_the_own_key_is_not_a_confirmation() -> None:
+def test_the_hub_passes_on_the_one_tag_for_each_peer() -> None:
+    """All tags to everybody would be 50 MB each for 1000 hospitals."""
     federation, confirms = confirmed()
-    own = confirms[1]
-    for call in (
-        lambda: federation.sites[1].on_confirms([own]),
-        lambda: federation.sites[1].on_confirms([dataclasses.replace(own, id=2)]),
-    ):
-        refuses(federation, 1, call, "outside the directory|not signed by hospital 2")
+    for i in federation.ids[:3]:
+        federation.hub.on_confirm(i, confirms[i])
+    assert federation.hub.confirms_for(2) == (
+        Tag(1, dict(confirms[1].tags)[2]),
+        Tag(3, dict(confirms[3].tags)[2]),
+    )
+    assert federation.hub.confirms_for(4) == tuple(Tag(i, dict(confirms[i].tags)[4]) for i in (1, 2, 3))
 
 
 def test_false_confirmations_are_refused() -> None:
+    """By the hub, which knows who sent them; and by a hospital, when they come from nobody it could pair with."""
     federation, confirms = confirmed()
     man, good = federation.params.man, confirms[2]
     cases = [
@@ -289,12 +287,15 @@ def test_false_confirmations_are_refused() -> None:
         (dataclasses.replace(good, tags=()), "not signed"),
         (signed(dataclasses.replace(good), 3, man), "not signed"),
         (signed(dataclasses.replace(good, dirh=bytes(32)), 2, man), "another directory"),
-        (signed(dataclasses.replace(good, dirh=HIGHEST), 2, man), "another directory"),
-        (signed(dataclasses.replace(good, id=9), 9, man), "outside the directory"),
+        (signed(dataclasses.replace(good, id=3), 3, man), "in the name of 3"),
     ]
     for false, match in cases:
-        batch = [confirms[3], false]
-        refuses(federation, 1, partial(federation.sites[1].on_confirms, batch), match)
+        with pytest.raises(WardroundError, match=match):
+            federation.hub.on_confirm(2, false)
+    assert federation.hub.confirms_for(1) == ()
+    for stranger in (1, 9):
+        batch = [Tag(3, dict(confirms[3].tags)[1]), Tag(stranger, bytes(32))]
+        refuses(federation, 1, partial(federation.sites[1].on_confirms, batch), "outside the directory")
     assert federation.sites[1].accepted == frozenset()
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import RefusedError, VerificationError, WardroundError
-from common.secagg import keys, records
+from common.secagg import keys, masks, records
 from common.secagg.hub import HubRound
 from common.secagg.records import Cohort, OpenPlease, Record, Result, RoundStart
 from tests.common.secagg.federation import MODEL, Federation, matches, memory, signing_key
@@ -48,7 +48,9 @@ def uploaded(federation: Federation, number: int = 1) -> tuple[HubRound, Cohort]
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("n", range(3, 11))
 def test_sums_are_exact(n: int, bits: int) -> None:
-    federation = Federation(n, bits=bits, range=1000.0 if bits == 16 else 5e7, parameters=7, scalars=n % 3)
+    federation = Federation(
+        n, bits=bits, range=1000.0 if bits == 16 else 5e7, parameters=7, scalars=1 + n % 3
+    )
     federation.pair()
     for number in (1, 2, 5):
         sums = federation.whole_round(number)
@@ -246,6 +248,7 @@ def test_a_bad_cohort_is_refused() -> None:
         (dataclasses.replace(good, members=members[:3]), "at least 4"),
         (dataclasses.replace(good, members=(members[1],) * 5), "ascending"),
         (dataclasses.replace(good, members=(*members, members[4])), "ascending"),
+        (dataclasses.replace(good, members=(*members[:2], *members[1:])), "ascending"),
         (dataclasses.replace(good, members=members[::-1]), "ascending"),
         (dataclasses.replace(good, members=(members[0], *members[2:])), "not in the cohort"),
         (dataclasses.replace(good, members=(*members, (9, bytes(32)))), "accepted pair"),
@@ -256,6 +259,14 @@ def test_a_bad_cohort_is_refused() -> None:
     for bad, match in cases:
         refuses(federation, 2, partial(site.on_cohort, bad), match)
     assert site.on_cohort(good).ctx == hub.accumulator.ctx
+
+
+def test_there_is_no_cohort_before_the_first_round() -> None:
+    federation = FOUR()
+    hub = federation.round(1, start_at=(2, 3, 4))
+    federation.ready(hub, (2, 3, 4))
+    zero = dataclasses.replace(hub.cohort(), round=0)
+    refuses(federation, 1, lambda: federation.sites[1].on_cohort(zero), "no such round")
 
 
 def test_a_cohort_with_a_peer_without_an_accepted_pair_is_refused() -> None:
@@ -357,6 +368,79 @@ def test_two_attempts_of_one_vector_share_no_mask() -> None:
         payloads.append(np.frombuffer(site.payload()[:24], dtype="<u4"))
     for a, b in itertools.combinations(payloads, 2):
         assert (a != b).all()
+
+
+def test_dropouts_in_recovery_cost_an_attempt_each() -> None:
+    """Of six, one is gone before Ready, one before the first upload, one more while the others mask again."""
+    federation = memory(6, t=1, rho=0, m=4, attempts=3)()
+    hub = federation.round(1)
+    federation.ready(hub, (1, 2, 3, 4, 5))
+    federation.upload(hub, hub.cohort(), (1, 2, 3, 4))
+    assert hub.missing_uploads() == (5,)
+    federation.upload(hub, hub.cohort(without=(5,)), (1, 3, 4))
+    assert hub.missing_uploads() == (2,)
+    with pytest.raises(RefusedError, match="have not uploaded"):
+        hub.open_please()
+    # One more than n - m allows: without 2 there is no cohort, and nothing has been opened.
+    with pytest.raises(RefusedError, match="3 hospitals can be summed"):
+        hub.cohort(without=(5, 2))
+    assert not any(site.opened for site in federation.sites.values())
+    # 2 is back in time for the last attempt.
+    federation.upload(hub, hub.cohort(without=(5,)))
+    federation.open(hub)
+    assert hub.finish().cohort == (1, 2, 3, 4)
+    assert matches(federation, hub.finish())
+    assert matches(federation, federation.whole_round(2), 2)
+
+
+@pytest.mark.parametrize("left", [1, 2, 3, 4])
+def test_a_dropout_before_its_opening_loses_the_round_and_no_other(left: int) -> None:
+    """Gone after its upload, before R4 or instead of R5: the same to the others, who have opened in vain."""
+    federation = FOUR()
+    hub, _ = uploaded(federation)
+    late = hub.open_please()
+    federation.open(hub, [i for i in federation.ids if i != left])
+    assert hub.missing_openings() == (left,)
+    with pytest.raises(RefusedError, match="have not opened"):
+        hub.finish()
+    assert matches(federation, federation.whole_round(2), 2)
+    for i in federation.ids:
+        refuses(federation, i, lambda i=i: federation.sites[i].on_open_please(late), "latest upload")  # type: ignore[misc]
+
+
+def test_split_views_of_the_cohort_open_one_sum_at_the_most() -> None:
+    """Each hospital is told one of three cohorts of one attempt, in all 81 ways; then asked to open all."""
+    federation = FOUR()
+    hub = federation.round(1)
+    readies = federation.ready(hub)
+    views = [
+        Cohort(1, 1, tuple((i, readies[i].nu) for i in ids)) for ids in ((1, 2, 3, 4), (1, 2, 3), (1, 2, 4))
+    ]
+    context = partial(records.context, federation.params.man, hub.start.dirh, MODEL)
+    before = {i: federation.disks[i].state for i in federation.ids}
+    vectors = {i: (federation.sites[i]._vectors, federation.sites[i]._seed) for i in federation.ids}
+    whole = 0
+    for told in itertools.product(range(3), repeat=4):
+        opened: dict[bytes, set[int]] = {context(view): set() for view in views}
+        for i, view in zip(federation.ids, told, strict=True):
+            site = federation.sites[i] = federation.new_site(i, before[i])
+            site._vectors, site._seed = vectors[i]
+            if i not in views[view].ids:
+                refuses(federation, i, partial(site.on_cohort, views[view]), "not in the cohort")
+                continue
+            site.on_cohort(views[view])
+            # Opening wipes them, and they are needed again.
+            site._vectors = None
+            for ctx in opened:
+                try:
+                    opened[site.on_open_please(OpenPlease(ctx)).ctx].add(i)
+                except RefusedError:
+                    continue
+        full = [view for view in views if opened[context(view)] == set(view.ids)]
+        assert len(full) == any(all(told[i - 1] == at for i in view.ids) for at, view in enumerate(views))
+        whole += len(full)
+    # Everybody was told the first; or all of a smaller one were, and the fourth anything.
+    assert whole == 1 + 3 + 3
 
 
 # Opening ---------------------------------------------------------------------------------------------
@@ -466,6 +550,15 @@ def test_earlier_rounds_are_erased() -> None:
         refuses(federation, i, lambda i=i: federation.sites[i].payload(), "no upload")  # type: ignore[misc]
 
 
+def test_what_a_lost_round_left_in_memory_is_wiped_when_the_next_begins() -> None:
+    federation = FOUR()
+    federation.ready(federation.round(1))
+    held = federation.sites[1]._vectors
+    assert held is not None
+    assert matches(federation, federation.whole_round(2), 2)
+    assert not any(words.any() for words in held)
+
+
 def test_results_are_checked() -> None:
     federation = FOUR()
     hub, _ = uploaded(federation)
@@ -506,6 +599,78 @@ def test_split_views_of_the_model_never_meet_in_one_context() -> None:
     assert contexts[1] == contexts[2] == contexts[3] != contexts[4]
 
 
+def test_two_runs_of_the_same_hospitals_share_no_key_and_take_no_message() -> None:
+    """A newer study beside an older one, of which a round is still unopened."""
+    older = Federation(4, "older", man=bytes(32))
+    newer = Federation(4, "newer", man=b"\x01" * 32)
+    for federation in (older, newer):
+        federation.pair()
+    hub, cohort = uploaded(older)
+    new_hub, new_cohort = uploaded(newer)
+    for i in older.ids:
+        mine, others = older.disks[i].state, newer.disks[i].state
+        assert not {key for _, key in mine.keys} & {key for _, key in others.keys}
+        assert mine.s != others.s
+        for call in (
+            partial(newer.sites[i].on_directory, older.hub.directory()),
+            partial(newer.sites[i].on_pair_seeds, older.hub.seeds_for(i)),
+            partial(newer.sites[i].on_round_start, hub.start),
+            partial(newer.sites[i].on_cohort, cohort),
+            partial(newer.sites[i].on_open_please, OpenPlease(hub.accumulator.ctx)),
+        ):
+            refuses(newer, i, call, ".")
+    newer.open(new_hub)
+    assert matches(newer, new_hub.finish())
+    assert new_cohort.ids == cohort.ids
+    # The late opening of the older run gives the sum that was asked for, and nothing of the newer one.
+    older.open(hub)
+    assert matches(older, hub.finish())
+    b = {hub.accumulator.openings[i].b for i in older.ids}
+    assert not b & {new_hub.accumulator.openings[i].b for i in newer.ids}
+
+
+def test_every_keystream_of_a_run_has_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five hospitals, three rounds, of which the second has three attempts: who applies which key, and how."""
+    applied: list[tuple[tuple[bytes, ...], tuple[bytes, ...]]] = []
+    apply_keystreams = masks.apply_keystreams
+
+    def note(words: Any, added: Any, subtracted: Any = ()) -> None:
+        applied.append((tuple(added), tuple(subtracted)))
+        apply_keystreams(words, added, subtracted)
+
+    monkeypatch.setattr(masks, "apply_keystreams", note)
+    federation = FIVE()
+    seeds: list[tuple[bytes, bytes]] = []
+    attempts = 0
+    for number in (1, 2, 4):
+        hub = federation.round(number)
+        federation.ready(hub)
+        for _ in range(3 if number == 2 else 1):
+            federation.upload(hub, hub.cohort())
+            attempts += 1
+            seeds += [(federation.disks[i].state.s, hub.accumulator.ctx) for i in federation.ids]
+        federation.open(hub)
+        hub.finish()
+    # A hospital adds its self-mask first; the hub only subtracts.
+    own = [added[0] for added, _ in applied if added]
+    pair_added = [key for added, _ in applied for key in added[1:]]
+    pair_subtracted = [key for added, subtracted in applied if added for key in subtracted]
+    taken_off = [key for added, subtracted in applied if not added for key in subtracted]
+    assert len(own) == attempts * 5 * 2
+    assert len(pair_added) == attempts * 10 * 2
+    # Each pair mask is added by one and subtracted by the other, once; what comes off was put on.
+    assert sorted(pair_added) == sorted(pair_subtracted)
+    assert set(taken_off) < set(own)
+    noise = [
+        keys.noise_key(s, ctx, vector, block)
+        for s, ctx in seeds
+        for vector in keys.VECTORS
+        for block in range(3)
+    ]
+    every = [*own, *pair_added, *noise]
+    assert len(set(every)) == len(every) == attempts * (5 * 2 + 10 * 2 + 5 * 2 * 3)
+
+
 FUZZED = FOUR()
 _hub, _ = uploaded(FUZZED)
 
@@ -518,7 +683,7 @@ def test_fuzzed_messages_never_crash_and_never_open(record: Record) -> None:
     methods: dict[type[Record], Callable[[Any], object]] = {
         records.Directory: site.on_directory,
         records.PairSeed: lambda r: site.on_pair_seeds([r]),
-        records.Confirm: lambda r: site.on_confirms([r]),
+        records.Tag: lambda r: site.on_confirms([r]),
         records.RoundStart: site.on_round_start,
         records.Cohort: site.on_cohort,
         records.OpenPlease: site.on_open_please,

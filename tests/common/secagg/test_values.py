@@ -19,6 +19,7 @@ UNPRINTED = {
     "Directory": "entries",
     "PairSeed": "ct sig",
     "Confirm": "tags sig",
+    "Tag": "tag",
     "Head": "extensions sig",
     "Cosign": "sig",
     "Cosigned": "cosigns",
