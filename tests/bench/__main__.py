@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tests.bench.result import Result
 
-ALL = ("link", "demo", "ledger")
+ALL = ("link", "demo", "ledger", "secagg")
 
 
 def main(names: list[str]) -> int:
@@ -22,8 +22,7 @@ def main(names: list[str]) -> int:
         results += importlib.import_module(f"tests.bench.{name}").run()
     table = Table("name", "value", "unit", "target", "reached", title="benchmarks")
     for result in results:
-        reached = {True: "yes", False: "NO", None: "-"}[result.reached]
-        table.add_row(result.name, f"{result.value:.4g}", result.unit, result.target_text, reached)
+        table.add_row(*result.row)
     Console().print(table)
     Path("bench.json").write_text(
         json.dumps([r.as_dict() for r in results], indent=1) + "\n", encoding="utf-8"
