@@ -352,6 +352,12 @@ class Guard:
         history = self._charged(self._ledger.entries())
         return max((event.round for event in history if event.manifest_digest == man.hex()), default=0)
 
+    def last_released(self, man: bytes) -> tuple[int, bytes]:
+        """Attempt and context of the last recorded upload of the last charged round, (0, b"") for none."""
+        last = self._last_charge(man)
+        left = [said for said in last[1] if said.reason == "upload_started"] if last else []
+        return (left[-1].attempt, bytes.fromhex(left[-1].ctx or "")) if left else (0, b"")
+
     def budget(self) -> Budget:
         """What the register has spent so far, and the caps in force."""
         history = self._charged(self._ledger.entries())

@@ -90,7 +90,8 @@ class Participation:
     def watch(self) -> None:
         """Once a second: act on what a person or the clock has decided since, without any request.
 
-        Guarantee: a_computation_and_a_wait_end_at_once - when the site is paused or the study withdrawn.
+        Guarantee: a_computation_and_a_wait_end_at_once - when the site is paused, or the study withdrawn or
+        forbidden by the policy.
         Guarantee: a_withdrawn_run_is_erased_without_any_request - and one that has expired.
         Guarantee: setup_keys_are_erased_in_time - of a study whose setup is not over in four times quorum_s.
         """
@@ -108,8 +109,17 @@ class Participation:
         if self._is_news(b"watch", problem):
             log.error("every computation is ended: %s", problem)
         for man, run in list(self._runs.items()):
-            if paused and not run.retired:
+            if not run.retired and (paused or self._forbidden(run)):
                 self._suspend(man, run)
+
+    def _forbidden(self, run: Running) -> bool:
+        """Whether the policy has come to forbid a study that runs here."""
+        try:
+            self._guard.check_runnable(run.manifest)
+        except Exception as error:
+            log.warning("%s: it is not allowed here any more: %s", run.label, _said_of(error))
+            return True
+        return False
 
     def may_send(self, group: str) -> bool:
         """Whether what was made in a round of a study may still leave; ``group`` is its digest in hex."""
@@ -253,7 +263,8 @@ class Participation:
         }
         charged_round = self._guard.last_charged_round(man)
         if state is not None:
-            arguments |= {"now": self._minute(), "charged_round": charged_round}
+            released = self._guard.last_released(man)
+            arguments |= {"now": self._minute(), "charged_round": charged_round, "released": released}
             site = Site.restore(params, state, **arguments)
         elif charged_round:
             problem = "this run's state is gone; it was charged and stays closed"
@@ -331,6 +342,8 @@ class Participation:
     def _upload(self, run: Running, cohort: records.Cohort) -> tuple[Reply, tuple[bytes, ...]]:
         """R2 to R3: mask for the cohort, record that it leaves, hand over the payload."""
         run.asked()
+        # What the policy forbids since the charge does not leave any more.
+        self._guard.check_runnable(run.manifest)
         site = run.site
         header = site.on_cohort(cohort)
         self._guard.released(run.params.man, site.round, site.attempt, header.ctx)

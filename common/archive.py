@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Mapping, Set
 from typing import Final
 
-from common.errors import VerificationError
+from common.errors import RefusedError, VerificationError
 
 MAX_FILES: Final = 10_000
 MAX_TOTAL_BYTES: Final = 1 << 30
@@ -25,7 +25,14 @@ _UNSOUND: Final = (
 
 
 def pack(files: Mapping[str, bytes]) -> bytes:
-    """A zip file of these files in their order, without times; mode 0600 for whoever unpacks it by hand."""
+    """A zip file of these files in their order, without times; mode 0600 for whoever unpacks it by hand.
+
+    Raises: RefusedError for more than ``unpack`` reads.
+    """
+    total = sum(map(len, files.values()))
+    if len(files) > MAX_FILES or total > MAX_TOTAL_BYTES:
+        problem = f"{len(files)} files of {total} bytes in all are more than is read from one zip file"
+        raise RefusedError("archive.size", problem, remedy="Ask the auditor how to hand it over.")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in files.items():

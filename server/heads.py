@@ -15,13 +15,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Final
 
 from common import messages
+from common.errors import VerificationError
 from common.messages import Kind, Request
 from common.roster import Roster
 from common.secagg import records
 from common.secagg.params import RunParams
 from common.secagg.records import Cosign, Head, HeadPlease, Record
 from common.study import Aggregation
-from common.witness import HUB, Witness
+from common.witness import HUB, MAX_SINCE, Witness
 from server.exchange import Exchange, only
 from server.ledger import HubLedger
 from server.store import HeadRow, Store
@@ -63,7 +64,7 @@ class Heads:
         another study of the same hospitals may have shown a later head meanwhile.
         """
         for row in self._store.heads():
-            self._sizes[row.party].append(row.size)
+            self._sizes[row.party] = [*self._sizes[row.party][-KEPT_SIZES:], row.size]
         heads: dict[int, Head] = {}
         cosigns: dict[int, dict[int, Cosign]] = {}
         for _ in range(TRIES):
@@ -108,17 +109,20 @@ class Heads:
         return heads
 
     def _please(self, number: int, party: int) -> HeadPlease:
-        return HeadPlease(number, tuple(sorted(set(self._sizes[party]))))
+        newest = list(dict.fromkeys(reversed(self._sizes[party])))[:MAX_SINCE]
+        return HeadPlease(number, tuple(sorted(newest)))
 
     def _cosigns(self, heads: Mapping[int, Head]) -> tuple[dict[int, dict[int, Cosign]], dict[int, set[int]]]:
         """L2 by subject and cosigner, and the sizes that cosigners remember of heads they refused."""
         ring = sorted(site for site in heads if site != HUB)
         each = min(len(ring) - 1, self._params.t + 1 + SPARE_COSIGNERS)
-        requests = {
-            site: self._request(
-                messages.COSIGN, heads[HUB], *(heads[ring[(at + k) % len(ring)]] for k in range(1, each + 1))
-            )
+        shown = {
+            site: {HUB} | {ring[(at + k) % len(ring)] for k in range(1, each + 1)}
             for at, site in enumerate(ring)
+        }
+        requests = {
+            site: self._request(messages.COSIGN, *(heads[party] for party in sorted(parties)))
+            for site, parties in shown.items()
         }
         subjects = {records.head_digest(head): party for party, head in heads.items()}
         cosigns: dict[int, dict[int, Cosign]] = {party: {} for party in heads}
@@ -130,9 +134,12 @@ class Heads:
                 if cosign.id == site and cosign.head in subjects:
                     records.check_signature(cosign, self._params.man, self._keys[site], "its ledger key")
                     cosigns[subjects[cosign.head]][site] = cosign
-            for party, size in answer.remembered:
-                if party in heads:
-                    refused[party].add(size)
+            remembered = dict(answer.remembered)
+            if len(remembered) < len(answer.remembered) or not set(remembered) <= shown[site]:
+                # Each size is a proof to ask for: nobody may fill up another hospital's questions.
+                raise VerificationError("heads.remembered", "it remembers heads that it was not shown")
+            for party, size in remembered.items():
+                refused[party].add(size)
 
         self._collect(messages.COSIGN, requests, take)
         return cosigns, refused

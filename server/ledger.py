@@ -6,7 +6,7 @@ killed in between writes it at its next start; the hub key signs; several thread
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from common import identity
@@ -40,14 +40,18 @@ class HubLedger:
         """Close the file."""
         self.ledger.close()
 
-    def catch_up(self) -> None:
+    def catch_up(self, over: Callable[[str], bool] = lambda _: False) -> None:
         """Append what the tables say and the ledger does not say yet.
 
+        ``over`` tells of an ended study, by its digest, that nobody runs any more: its end is written last,
+        for its thread may still complete a round that was opened when it was aborted.
+
+        Guarantee: an_opened_round_is_never_left_out - also of a study that is aborted meanwhile.
         Guarantee: the_hubs_ledger_catches_up - also after a kill between a table's row and its entry.
         Raises: RefusedError when the clock was set back.
         """
         self._look()
-        for entry in self._missing():
+        for entry in self._missing(over):
             try:
                 self.ledger.append(entry)
             except RefusedError as error:
@@ -72,7 +76,7 @@ class HubLedger:
         elif isinstance(entry, Ended):
             self._ended.add(entry.manifest)
 
-    def _missing(self) -> Iterator[HubEntry]:
+    def _missing(self, over: Callable[[str], bool]) -> Iterator[HubEntry]:
         for row in (*self._store.sites(), *self._store.sites(revoked=True)):
             if (row.id, "admitted") not in self._members:
                 yield self._membership(row, "admitted")
@@ -98,7 +102,7 @@ class HubLedger:
                     sum_digest=done.sum_digest.hex(),
                     model_digest=done.model_digest.hex(),
                 )
-            if study.status in ENDED:
+            if study.status in ENDED and over(digest):
                 yield Ended.model_validate({"actor": self._actor, "manifest": digest, "status": study.status})
 
     def _membership(self, row: SiteRow, decision: str) -> Membership:

@@ -57,8 +57,11 @@ class _Uploads:
 
     def chunk(self, node_id: int, index: int, data: bytes) -> None:
         """Add one chunk."""
-        self._sum.add_chunk(node_id, index, data)
-        if self._kept is not None:
+        if self._kept is None:
+            self._sum.add_chunk(node_id, index, data)
+            return
+        with self._kept.taking():
+            self._sum.add_chunk(node_id, index, data)
             self._kept.write(node_id, index, data)
 
     def add(self, node_id: int, header: records.Upload, chunks: Sequence[bytes]) -> None:
@@ -105,7 +108,7 @@ class Round:
             self._open()
             self._round.finish()
             if self._kept is not None:
-                self._kept.seal()
+                self._kept.seal(self._round.accumulator.ids)
         except RoundLost:
             raise
         except WardroundError as error:
@@ -156,10 +159,14 @@ class Round:
             self._kept.drop()
         if self._payloads is not None:
             self._kept = self._payloads.attempt(cohort.round, cohort.attempt)
-        uploads = _Uploads(round_, self._kept)
+        uploads, kept = _Uploads(round_, self._kept), self._kept
+
+        def until() -> float:
+            return 0.0 if kept is not None and kept.failed else min(patience(), given_up[0])
+
         with self._streaming(uploads):
             for site, reply, chunks in exchange.ask(
-                messages.UPLOAD, requests, self._timing.upload_s, until=lambda: min(patience(), given_up[0])
+                messages.UPLOAD, requests, self._timing.upload_s, until=until
             ):
                 if not reply.available:
                     log.info("%s: unavailable for %s", exchange.name(site), messages.UPLOAD.message_type)
@@ -169,6 +176,8 @@ class Round:
                     given_up[0] = min(given_up[0], time.monotonic() + SETTLE_S)
                 elif chunks:
                     self._add(uploads, site, only(reply.records, records.Upload), chunks)
+        if self._kept is not None:
+            self._kept.check()
         missing = set(round_.missing_uploads())
         return set(without) | (gone or missing) if missing else set()
 

@@ -115,7 +115,13 @@ class StudyRun:
         for site, reply, _ in exchange.ask(messages.CLOSE, requests, CLOSE_TIMEOUT_S):
             if reply.available:
                 self._store.closed_at(self._digest, site)
-        ledger.catch_up()
+        ledger.catch_up(over=self._digest.__eq__)
+        self._keep_payloads()
+
+    def _keep_payloads(self) -> None:
+        """Of the completed rounds alone: what a hub that was killed left behind goes."""
+        if self._payloads is not None:
+            self._payloads.keep_only([row.number for row in self._store.rounds(self._digest)])
 
     def _minute(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%MZ")
@@ -332,8 +338,7 @@ class StudyRun:
         for cut in started:
             if cut.step is None and not cut.lost:
                 self._store.lose_round(self._digest, cut.number, "the hub was stopped")
-        if self._payloads is not None:
-            self._payloads.keep_only([row.number for row in started if row.step is not None])
+        self._keep_payloads()
         lost, consult, number = 0, bool(started), len(started)
         while step.advances < study.training.rounds:
             if number == study.aggregation.rounds_max:

@@ -130,13 +130,13 @@ class Hub:
                 log.exception("the hub could not look after its studies")
 
     def _look_once(self) -> None:
-        self._ledger.catch_up()
+        self._running = {digest: run for digest, run in self._running.items() if run[1].is_alive()}
+        self._ledger.catch_up(over=lambda digest: digest not in self._running)
         online = self.link.online()
         for site in self.store.sites(revoked=True):
             if site.id in online:
                 log.warning("site %d %r: cut off, its admission was revoked", site.id, site.name)
                 self.link.disconnect(site.id)
-        self._running = {digest: run for digest, run in self._running.items() if run[1].is_alive()}
         for row in self.store.studies():
             if row.digest in self._running or self._stopping.is_set():
                 continue

@@ -17,24 +17,25 @@ from rich.table import Table
 from common.audit import proofs
 from common.audit.claims import read_facts
 from common.audit.evidence import read_evidence
-from common.audit.openings import recomputed
+from common.audit.openings import keeps_payloads, recomputed
 from common.audit.party import Check, read_entries, studied
 from common.audit.payloads import kept_payloads
 from common.audit.report import render
 from common.audit.sheet import up
-from common.audit.trust import Trust, claimed, read_trust
+from common.audit.trust import Trust, claimed, is_fingerprint, read_trust
 from common.audit.verify import Verification, verify
 from common.console import JsonFlag, Outcome, command
 from common.encoding import base64_text
 from common.errors import RefusedError, UsageError
 from common.identity import fingerprint
-from common.ledger.entries import Approval, Charge, Entry, Pause, PolicyChange, Restored
+from common.ledger.entries import Approval, Charge, Completed, Entry, Pause, PolicyChange, Restored
 from common.witness import HUB
 
 app = typer.Typer(help="Verify evidence offline, report, see budgets.", no_args_is_help=True)
 
 TABLE_WIDTH = 118
 SELF_CONSISTENT = "self-consistent only: the keys come from the evidence itself"
+ON_THE_HUBS_WORD = "the hospitals' keys are of a roster that the hub signed: compare each with its hospital"
 TRUST_HINT = "Give --trust: what 'wardround hub roster' wrote, or the hub's fingerprint."
 
 _WHAT: Final[Mapping[str, str]] = {
@@ -82,6 +83,7 @@ def verify_command(files: Files, trust: TrustOption = "", as_json: JsonFlag = Fa
         lines.append(f"no evidence was given of: {', '.join(found.missing)}")
     failed, total = sum(not check.passed for check in found.checks), len(found.checks)
     said = {"failed": f"{failed} of {total} checks do not hold", "verified": f"all {total} checks hold"}
+    lines += [ON_THE_HUBS_WORD] if is_fingerprint(trust) else []
     lines.append(said.get(found.verdict, SELF_CONSISTENT))
     checks = [asdict(check) for check in found.checks]
     data = {"trusted": found.trusted, "passed": found.passed, "checks": checks, "missing": found.missing}
@@ -107,6 +109,11 @@ def recompute_command(
     as_json: JsonFlag = False,
 ) -> Outcome:
     """Compute every sum again from the payloads that the hospitals signed, bit for bit."""
+    if is_fingerprint(trust):
+        # Whoever holds the hub's key could invent hospitals, and sums of them.
+        problem = "a sum rests on the hospitals' keys, and the hub's fingerprint does not vouch for these"
+        remedy = "Give the roster file that 'wardround hub roster' wrote, its fingerprints compared."
+        raise UsageError("audit.hub-alone", problem, remedy=remedy)
     found, _ = _verified([file], trust)
     hub = next((party for party in found.parties if party.id == HUB), None)
     if hub is None:
@@ -126,10 +133,15 @@ def recompute_command(
             "audit.no-sums", problem, remedy='Only with audit = "payloads" is a sum computed again.'
         )
     shown = sums if found.passed else [check for check in checks if not check.passed]
+    others = sum(1 for entry in hub.of(Completed) if not keeps_payloads(hub, entry.manifest))
     bad = "not every sum is right" if sums else "the evidence does not hold: no sum was computed"
-    said = {"failed": bad, "verified": f"all {len(sums)} sums are right"}
-    text = "\n".join([*_lines(shown), said.get(verdict, SELF_CONSISTENT)])
+    said = {"failed": bad, "verified": f"all {len(sums)} sums with kept payloads are right"}
+    left_out = f"not computed again, for no payloads are kept: {others} sums"
+    text = "\n".join(
+        [*_lines(shown), *([left_out] if others and found.passed else []), said.get(verdict, SELF_CONSISTENT)]
+    )
     data = {
+        "not_computed": others,
         "trusted": found.trusted,
         "passed": verdict != "failed",
         "checks": [asdict(check) for check in checks],

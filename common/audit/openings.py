@@ -16,6 +16,10 @@ from common.run import run_params
 from common.secagg.params import RunParams
 from common.secagg.sums import recompute
 from common.secagg.transcript import Transcript, read_transcripts
+from common.study import Manifest
+from common.tasks.models import initial_state
+from common.tasks.models.layout import Layout
+from common.tasks.state import model_digest
 
 Payload = Callable[[str, int, int], bytes]
 """The kept payload of (study, round, hospital)."""
@@ -27,8 +31,14 @@ class OpenedStudy:
 
     digest: str
     params: RunParams
+    manifest: Manifest
+    layout: Layout
     completed: Mapping[int, Completed]
     transcripts: Mapping[int, Transcript]
+
+    def initial(self) -> bytes:
+        """The digest of the public model before round 1, 32 bytes."""
+        return model_digest(initial_state(self.manifest), self.layout)
 
 
 def opened_studies(hub: Party) -> Iterator[OpenedStudy]:
@@ -41,7 +51,7 @@ def opened_studies(hub: Party) -> Iterator[OpenedStudy]:
             if len(transcripts) != len(found):
                 raise _wrong(f"study {digest[:12]} has two transcripts of one round")
             params = run_params(manifest, admitted, roster, 0)
-            yield OpenedStudy(digest, params, completed, transcripts)
+            yield OpenedStudy(digest, params, manifest, admitted.layout, completed, transcripts)
 
 
 def openings(hub: Party) -> str:
@@ -63,8 +73,9 @@ def openings(hub: Party) -> str:
             digests = (transcript.ctx.hex(), result.sum_digest.hex(), result.model_digest.hex())
             if said != (*digests, transcript.cohort.ids, transcript.cohort.attempt):
                 return f"the transcript of {where} is not of what entry {entry.seq} says"
-            if model and start.model_digest != model:
-                return f"{where} did not begin with the model that the round before ended with"
+            # The initial model is as large as the study says: only after a signature of everybody.
+            if start.model_digest != (model or study.initial()):
+                return f"{where} did not begin with the model that the study or the round before left"
             if directory and start.dirh != directory:
                 return f"{where} has another directory of keys than the rounds before"
             model, directory = result.model_digest, start.dirh
@@ -74,18 +85,23 @@ def openings(hub: Party) -> str:
 def recomputed(hub: Party, kept: Payload) -> Iterator[Check]:
     """A check for every completed round of the studies that keep payloads: its sum, from ``kept``.
 
-    ``openings`` must hold for these checks to say anything.
+    ``openings`` must hold for these checks to say anything. Of other studies nothing is said.
 
     Guarantee: a_false_sum_is_found - one that is not that of the payloads which the hospitals signed.
     """
     for study in opened_studies(hub):
-        if hub.studies[study.digest][0].study.aggregation.audit != "payloads":
+        if not keeps_payloads(hub, study.digest):
             continue
         for number, transcript in sorted(study.transcripts.items()):
             label = (
                 f"study {study.digest[:12]}, round {number}: the sum of {len(transcript.uploads)} hospitals"
             )
             yield checked(hub.name, "sum", f"{label}, bit for bit", lambda: _differs(study, transcript, kept))  # noqa: B023 - called at once
+
+
+def keeps_payloads(hub: Party, digest: str) -> bool:
+    """Whether the manifest of a study that is there says that payloads are kept."""
+    return digest in hub.studies and hub.studies[digest][0].study.aggregation.audit == "payloads"
 
 
 def _differs(study: OpenedStudy, transcript: Transcript, kept: Payload) -> str:

@@ -6,6 +6,7 @@ signed digests.
 """
 
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ from common.errors import UsageError, VerificationError
 
 _NAME: Final = re.compile(r"payloads/[0-9a-f]{64}/[1-9][0-9]{0,4}/[1-9][0-9]{0,4}")
 _LARGEST_BYTES: Final = 1 << 31
-_UNSOUND: Final = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+_UNSOUND: Final = (
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(EOFError, NotImplementedError, RuntimeError, OverflowError, ValueError),
+)
 
 
 def member_name(digest: str, number: int, site: int) -> str:

@@ -92,12 +92,17 @@ def claimed(evidences: Sequence[Evidence], hub_fingerprint: str = "") -> Trust:
     raise VerificationError("audit.roster", f"no evidence here holds a roster signed by {whose}")
 
 
+def is_fingerprint(given: str) -> bool:
+    """Whether ``--trust`` names a key: the hospitals' keys are then those of a roster that the hub signed."""
+    return _FINGERPRINT.fullmatch(given) is not None
+
+
 def read_trust(given: str, evidences: Sequence[Evidence]) -> Trust:
     """``--trust``: a trust file's path, or the fingerprint of the hub's key as ``hub init`` prints it.
 
     Raises: UsageError when it is neither; VerificationError.
     """
-    if _FINGERPRINT.fullmatch(given):
+    if is_fingerprint(given):
         return claimed(evidences, given)
     try:
         with Path(given).open("rb") as file:

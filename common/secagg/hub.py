@@ -172,6 +172,10 @@ class HubSetup:
             "a confirmation of another directory",
         )
         _require(sender in self.listed, "confirm.stranger", f"hospital {sender} is not in the directory")
+        # One tag for each peer: each is passed on by itself, and too many would cost others their pairs.
+        peers = [peer for peer, _ in record.tags]
+        sound = peers == sorted(set(peers)) and set(peers) <= set(self.listed) - {sender}
+        _require(sound, "confirm.tags", f"hospital {sender} confirms others than its peers, or one twice")
         self._confirms[sender] = record
 
     def missing_confirms(self) -> tuple[int, ...]:

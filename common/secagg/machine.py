@@ -57,6 +57,7 @@ class Machine:
         *,
         now: str,
         charged_round: int,
+        released: tuple[int, bytes],
         persist: Callable[[RunState], None],
         entropy: Callable[[int], bytes],
         sign: Callable[[bytes], bytes],
@@ -64,8 +65,10 @@ class Machine:
     ) -> Self:
         """The machine again from its stored state, at ``now`` ("YYYY-MM-DDTHH:MMZ", local clock).
 
-        ``charged_round`` is the last round that the ledger has charged for this manifest, 0 for none. A
-        round must be accepted here before it is charged there, so a state behind it was rolled back.
+        ``charged_round`` is the last round that the ledger has charged for this manifest, 0 for none;
+        ``released`` attempt and context of the last upload of that round that the ledger has, (0, b"") for
+        none. A round is accepted here before it is charged there, and an upload is stored here before it is
+        recorded there, so a state behind either was rolled back.
 
         Guarantee: a_rolled_back_run_file_is_closed - a state behind the ledger is closed for good.
         Guarantee: an_expired_run_is_closed - at start as later.
@@ -73,7 +76,12 @@ class Machine:
         site = cls(
             params, persist=persist, entropy=entropy, sign=sign, state=state, outsiders_only=outsiders_only
         )
-        if state.round < charged_round:
+        attempt, ctx = released
+        known = state.header.ctx if state.header is not None else b""
+        behind = state.attempt < attempt or (state.attempt == attempt and known != ctx)
+        if not state.closed and (
+            state.round < charged_round or (state.round == charged_round and attempt and behind)
+        ):
             site.close()
         site.expire(now)
         return site

@@ -266,6 +266,11 @@ def withdraw(busy: Busy) -> None:
     busy.site.watch()
 
 
+def forbid(busy: Busy) -> None:
+    busy.hub.federation.edit_policy(1, rules={"coordinators": []})
+    busy.site.watch()
+
+
 def pause_it(busy: Busy) -> None:
     pause(busy.hub.federation)
     busy.site.watch()
@@ -293,6 +298,7 @@ def damage(busy: Busy) -> None:
         (close, "study_aborted", True),
         (expire, "site_stopped", True),
         (pause_it, "site_stopped", False),
+        (forbid, "site_stopped", False),
     ],
 )
 def test_a_computation_and_a_wait_end_at_once(

@@ -229,6 +229,47 @@ def test_a_restart_after_the_upload_sends_the_kept_bytes(running: Hub) -> None:
     running.finish(round_, cohort)
 
 
+def test_a_run_file_put_back_within_its_round_opens_nothing(running: Hub) -> None:
+    """The ledger has the later attempt: of the earlier one nothing is opened any more."""
+    round_ = running.start()
+    running.ready(round_)
+    first = round_.cohort()
+    assert running.upload(round_, first)[2]
+    site, man = running.sites[2], running.man
+    earlier = site._run_file.load(man)
+    assert earlier is not None
+    second = round_.cohort()
+    assert running.upload(round_, second)[2]
+    later = site._run_file.load(man)
+    assert later is not None
+    attempt, ctx = site._guard.last_released(man)
+    assert (attempt, ctx) == (2, round_.accumulator.ctx)
+    for stored, is_open in ((earlier, False), (later, True)):
+        running.sites[2].close()
+        running.sites[2] = Participation(running.federation.sites[2])
+        running.sites[2]._run_file.save(man, stored)
+        context = RunState.from_bytes(stored).header
+        assert context is not None
+        reply, _ = running.raw(2, messages.OPEN, records.OpenPlease(context.ctx))
+        assert (reply != UNAVAILABLE[messages.OPEN]) == is_open
+    running.finish(round_, second)
+
+
+def test_what_the_policy_forbids_meanwhile_does_not_leave(running: Hub) -> None:
+    round_ = running.start()
+    running.ready(round_)
+    cohort = round_.cohort()
+    policy = running.federation.sites[2].policy
+    before = policy.read_text(encoding="utf-8")
+    running.federation.edit_policy(2, rules={"coordinators": []})
+    try:
+        assert running.upload(round_, cohort) == {1: True, 2: False, 3: True}
+    finally:
+        policy.write_text(before, encoding="utf-8")
+    last = running.federation.entries(2)[-1]
+    assert not isinstance(last, Outcome) or last.reason != "upload_started"
+
+
 def test_a_replayed_or_older_round_charges_nothing(running: Hub) -> None:
     running.whole_round()
     spent = charges(running.federation, 1)

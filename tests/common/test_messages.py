@@ -12,9 +12,18 @@ from common.errors import VerificationError
 from common.messages import KINDS, Kind, Reply, Request
 from common.secagg import records
 from common.secagg.records import Record
-from tests.common.secagg.strategies import a_record
+from tests.common.secagg.strategies import ALL, a_record
 
 digests = st.binary(min_size=32, max_size=32)
+
+
+def zero(column: records.Integer | records.Fixed | records.ListOf) -> Any:
+    if isinstance(column, records.ListOf):
+        return ()
+    return 0 if isinstance(column, records.Integer) else bytes(column.size_bytes)
+
+
+EXAMPLES = {record: record(*(zero(column) for _, column in record.COLUMNS)) for record in ALL}
 
 
 def some(record: type[Record] | None, many: bool) -> st.SearchStrategy[tuple[Record, ...]]:
@@ -132,6 +141,10 @@ def test_counts_of_records_are_those_of_the_table(kind: Kind) -> None:
             body = labelled(f"{what}/{kind.message_type}", *head, *[cohort] * count)
             with pytest.raises(VerificationError, match=f"holds {count} records"):
                 decode(kind.message_type, body)
+        for count in {required, allowed}:
+            good = [EXAMPLES[record]] * count if record else []
+            body = labelled(f"{what}/{kind.message_type}", *head, *map(records.encode, good))
+            assert decode(kind.message_type, body).records == tuple(good)
 
 
 @pytest.mark.parametrize("size", [0, 31, 33])

@@ -1,11 +1,21 @@
-"""The same apps give the same bits in memory and on the link: without DP, with nearest rounding."""
+"""Whole studies with the real apps and workers over the Grid in this process.
 
+Without differential privacy and with nearest rounding they give the same bits as on the link, and with words
+of 16 bits the same as with 32; with dither, what the grid allows.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load
 
 from client import app as client_app
+from client.participation import Participation
 from common import flower
 from server import rounds
 from server.app import app as server_app
@@ -44,10 +54,22 @@ def on_the_link(folder: Path) -> list[bytes]:
         return models(federation.hub_home.database, digest)
 
 
-def in_memory(folder: Path) -> list[bytes]:
+@dataclass
+class Study:
+    """A study over a MemoryGrid: ``payloads`` are those that left the hospitals."""
+
+    folder: Path
+    payloads: list[bytes] = field(default_factory=list)
+
+    def models(self, **changes: Any) -> list[bytes]:
+        return in_memory(self.folder, self.payloads, **changes)
+
+
+def in_memory(folder: Path, payloads: list[bytes], **changes: Any) -> list[bytes]:
+    """The models of all rounds of the study with these changes."""
     in_process.make(folder / "template", 3)
-    federation = in_process.Federation(folder / "template", folder / "run", **ALLOWED)
-    manifest = federation.manifest(**STUDY)
+    federation = in_process.Federation(folder / "template", folder / "run", epsilon=20.0, **ALLOWED)
+    manifest = federation.manifest(**{**STUDY, **changes})
     signed, digest = federation.sign(manifest), manifest.digest.hex()
     store = Store.open(federation.hub.database)
     store.add_study(
@@ -65,11 +87,16 @@ def in_memory(folder: Path) -> list[bytes]:
     )
     store.close()
     folders = {number: str(home.folder) for number, home in federation.sites.items()}
+
+    def answer(message: flower.Message, context: flower.Context) -> flower.Message:
+        reply = client_app.app(message, context)
+        payloads.extend(filter(None, [b"".join(flower.attachment_of(reply))]))
+        return reply
+
     apps = {}
     for number, home in folders.items():
         federation.decide(number, manifest)
-        context = flower.context_for(number, {"site-home": home})
-        apps[number] = lambda message, context=context: client_app.app(message, context)
+        apps[number] = partial(answer, context=flower.context_for(number, {"site-home": home}))
     try:
         config = {"hub-home": str(federation.hub.folder), "study": digest}
         server_app(MemoryGrid(apps), flower.context_for(flower.HUB_NODE_ID, config))
@@ -79,10 +106,77 @@ def in_memory(folder: Path) -> list[bytes]:
     return models(federation.hub.database, digest)
 
 
-def test_the_same_apps_give_the_same_bits_in_memory_and_on_the_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "CONSENT_PERIOD_S", 0.02)
-    found = in_memory(tmp_path / "memory")
+
+
+def test_the_same_apps_give_the_same_bits_in_memory_and_on_the_link(tmp_path: Path) -> None:
+    found = Study(tmp_path / "memory").models()
     assert len(set(found)) == 3
     assert found == on_the_link(tmp_path / "link")
+
+
+COARSE: dict[str, Any] = {
+    "training__server": {"strategy": "fedavg"},
+    "training__rounds": 2,
+    "aggregation__codec__step": 0.01,
+    "aggregation__codec__range": 50.0,
+}
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers' code runs in this process: three of them take seconds to start."""
+    computed_here = partial(Participation, computation=in_process.ComputedHere)
+    monkeypatch.setattr(client_app, "Participation", computed_here)
+
+
+def numbers(model: bytes) -> NDArray[np.float64]:
+    return np.concatenate([value.ravel().astype(np.float64) for _, value in sorted(load(model).items())])
+
+
+@pytest.mark.usefixtures("here")
+def test_words_of_16_bits_give_the_bits_of_32(tmp_path: Path) -> None:
+    wide, narrow = Study(tmp_path / "wide"), Study(tmp_path / "narrow")
+    found = wide.models(**COARSE)
+    assert narrow.models(**COARSE, aggregation__codec__bits=16) == found
+    assert len(set(found)) == 2
+    # 6 parameters and a 1, and the 1 of the scalars.
+    assert [len(payload) for payload in wide.payloads] == [7 * 4 + 8] * 6
+    assert [len(payload) for payload in narrow.payloads] == [7 * 2 + 8] * 6
+
+
+@pytest.mark.usefixtures("here")
+def test_16_bits_with_differential_privacy(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    private = {
+        "kind": "dp",
+        "clip_norm": 1.0,
+        "grid_step": 0.001,
+        "noise_multiplier": 8.0,
+        "max_patients": 1000,
+    }
+    found = study.models(**COARSE, privacy=private, aggregation__codec__bits=16)
+    assert len(set(found)) == 2
+    assert [len(payload) for payload in study.payloads] == [7 * 2 + 8] * 6
+
+
+def test_dither_moves_each_number_by_less_than_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lowest and the highest dither that a hospital can draw round every number down and up."""
+    one = {**COARSE, "training__rounds": 1}
+
+    def found(name: str, byte: bytes, **changes: Any) -> NDArray[np.float64]:
+        computation = partial(in_process.ComputedHere, entropy=lambda size: byte * size)
+        monkeypatch.setattr(client_app, "Participation", partial(Participation, computation=computation))
+        return numbers(Study(tmp_path / name).models(**{**one, **changes})[0])
+
+    exact = found("exact", b"", aggregation__codec__step=1e-6)
+    dither = {"aggregation__codec__rounding": "dither"}
+    low, high = found("low", b"\x00", **dither), found("high", b"\xff", **dither)
+    assert (low < exact + 1e-6).all()
+    assert (exact - 1e-6 < high).all()
+    # Three hospitals' numbers of six parameters: none of them lies on the grid.
+    assert np.allclose(high - low, 0.01, rtol=0, atol=1e-6)

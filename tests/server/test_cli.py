@@ -292,13 +292,14 @@ def test_hub_payloads_are_handed_over_and_erased(tmp_path: Path) -> None:
     with closing(Store.open(founded.home.database)) as store:
         digest = founded.store_study(store, founded.sign_study(aggregation__audit="payloads"))
         kept = Payloads(founded.home.payloads / digest, Layout(1, 0, 32)).attempt(1, 1)
-        kept.write(2, 0, b"masked")
-        kept.seal()
+        kept.write(2, 0, b"maskedma")
+        kept.write(2, 1, b"maskedma")
+        kept.seal([2])
         failed(hub, 3, "hub.payloads-in-use", "payloads", digest, "--home", home, "--erase")
         store.set_status(digest, "done")
     data = envelope(call(hub, "payloads", digest[:8], "--home", home, "--out", out, "--json"))
     assert data == {"study": digest, "rounds": 1, "out": str(out)}
-    assert zipfile.ZipFile(out).read(f"payloads/{digest}/1/2") == b"masked"
+    assert zipfile.ZipFile(out).read(f"payloads/{digest}/1/2") == b"maskedma" * 2
     failed(hub, 2, "output.file", "payloads", digest, "--home", home, "--out", out)
     failed(hub, 2, "hub.payloads", "payloads", digest, "--home", home)
     failed(hub, 2, "study.digest", "payloads", "ffffffff", "--home", home, "--erase")

@@ -1,6 +1,7 @@
 """Heads of ledgers between hospitals that are the real witnesses: who is left out, and what is remembered."""
 
 import threading
+from collections import defaultdict
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -183,17 +184,56 @@ def test_heads_go_to_a_ring_of_enough_cosigners(stage: Make) -> None:  # noqa: F
         assert found == sorted(ring)
 
 
+@pytest.mark.parametrize(
+    "claims", [[(2, size) for size in range(1, 101)], [(2, 5), (2, 6)], [(9, 5)], [(1, 5)]]
+)
+def test_nobody_fills_up_the_questions_to_another(
+    stage: Make,  # noqa: F811
+    claims: list[tuple[int, int]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each size that somebody claims to have seen is a proof that its owner is asked for, and 64 are too many."""
+    study = stage(4, training__rounds=3)
+    for hospital in study.room.hospitals.values():
+        hospital.leaf_hashes = [leaf_hash(b"%d" % number) for number in range(120)]
+
+    def meddle(site: int, kind: str, body: bytes, payload: tuple[bytes, ...]) -> Any:
+        if (site, kind) != (1, "query.cosign"):
+            return body, payload
+        (answer,) = messages.decode_reply(kind, body).records
+        assert isinstance(answer, records.Cosigned)
+        return messages.encode_reply(
+            Reply(messages.COSIGN, True, (replace(answer, remembered=tuple(claims)),))
+        ), ()
+
+    study.room.meddle = meddle
+    study.run()
+    assert study.status == ("done", "")
+    assert all(2 in cohort for cohort in study.cohorts())
+    assert (
+        sum("refused: it remembers heads that it was not shown" in r.getMessage() for r in caplog.records)
+        >= 3
+    )
+
+
+def test_a_party_is_asked_for_the_newest_claims_only() -> None:
+    asking = heads.Heads.__new__(heads.Heads)
+    asking._sizes = defaultdict(list, {2: [*range(500), 7, 499]})
+    assert asking._please(3, 2) == HeadPlease(3, tuple(sorted({499, 7, *range(498, 436, -1)})))
+    assert asking._please(3, 1) == HeadPlease(3, ())
+
+
 def test_the_hubs_ledger_catches_up(stage: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     study = stage(3, training__rounds=3)
     calls = {"count": 0}
     catch_up = HubLedger.catch_up
 
-    def killed(self: HubLedger) -> None:
+    def killed(self: HubLedger, **options: Any) -> None:
         calls["count"] += 1
         # The second one comes after the first checkpoint.
         if calls["count"] == 2:
             raise KeyboardInterrupt
-        catch_up(self)
+        catch_up(self, **options)
 
     monkeypatch.setattr(HubLedger, "catch_up", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -1,5 +1,6 @@
 """Kept payloads on disk: those of opened sums stay, everything else goes."""
 
+import threading
 import zipfile
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def fill(payloads: Payloads, number: int, attempt: int = 1, sites: tuple[int, ..
         # In any order, and one chunk twice.
         for index, span in reversed([*enumerate(LAYOUT.spans), *list(enumerate(LAYOUT.spans))[:1]]):
             kept.write(site, index, payload(site)[span.start : span.stop])
-    kept.seal()
+    kept.seal(sites)
     kept.drop()
 
 
@@ -88,8 +89,71 @@ def test_a_round_without_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
-    kept = Payloads(tmp_path / DIGEST, LAYOUT).attempt(1, 1)
+    payloads = Payloads(tmp_path / DIGEST, LAYOUT)
+    kept = payloads.attempt(1, 1)
+    kept.check()
     full = tmp_path / DIGEST / "1.1.part" / "1"
     full.symlink_to("/dev/full")
     with pytest.raises(FailureError, match="cannot be kept"):
         kept.write(1, 0, b"x")
+    # The chunk is counted, and is not asked for again: nothing goes on with this attempt.
+    for call in (kept.check, lambda: kept.seal([1])):
+        with pytest.raises(FailureError, match="cannot be kept"):
+            call()
+    with pytest.raises(FailureError, match="cannot be kept"):
+        payloads.attempt(1, 1)
+    payloads.keep_only([])
+    (tmp_path / DIGEST).rmdir()
+    (tmp_path / DIGEST).touch()
+    for call in (
+        lambda: payloads.keep_only([]),
+        lambda: payloads.check_room(1),
+        lambda: erase_payloads(tmp_path / DIGEST),
+    ):
+        with pytest.raises(FailureError, match="cannot be kept or removed"):
+            call()
+
+
+def test_payloads_that_are_not_whole_are_not_sealed(tmp_path: Path) -> None:
+    payloads = Payloads(tmp_path / DIGEST, LAYOUT)
+    first, last = LAYOUT.spans[0], LAYOUT.spans[-1]
+    for attempt, spans, sites in ((1, [first], [1]), (2, LAYOUT.spans, [1, 2]), (3, LAYOUT.spans, [2])):
+        kept = payloads.attempt(1, attempt)
+        for span in spans:
+            kept.write(1, LAYOUT.spans.index(span), payload(1)[span.start : span.stop])
+        with pytest.raises(FailureError, match="not whole"):
+            kept.seal(sites)
+    assert last.stop == LAYOUT.payload_bytes
+
+
+def test_a_write_in_flight_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Payloads(tmp_path / DIGEST, LAYOUT).attempt(1, 1)
+    began, go_on, checked = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        with kept.taking():
+            began.set()
+            go_on.wait(20)
+
+    def check() -> None:
+        kept.check()
+        checked.set()
+
+    threads = [threading.Thread(target=target) for target in (slow, check)]
+    threads[0].start()
+    assert began.wait(20)
+    threads[1].start()
+    assert not checked.wait(0.2)
+    go_on.set()
+    assert checked.wait(20)
+    for thread in threads:
+        thread.join(20)
+    monkeypatch.setattr("server.payloads._WRITE_S", 0.01)
+    with kept.taking(), pytest.raises(FailureError, match="could not be written"):
+        kept.check()
+
+
+def test_erasing_leaves_nothing_of_a_round_that_was_cut(tmp_path: Path) -> None:
+    Payloads(tmp_path / DIGEST, LAYOUT).attempt(1, 1).write(1, 0, b"x")
+    assert erase_payloads(tmp_path / DIGEST) == 0
+    assert not (tmp_path / DIGEST).exists()

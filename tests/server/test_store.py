@@ -263,4 +263,5 @@ def test_nothing_but_the_declared_columns_is_stored(store: Store, tmp_path: Path
     }  # fmt: skip
     assert tables["strategies"] == {"study", "state"}
     assert tables["heads"] == {"party", "size", "head", "cosigns"}
-    assert set(tables) == {"sites", "studies", "rounds", "models", "strategies", "heads"}
+    assert tables["transcripts"] == {"study", "number", "data"}
+    assert set(tables) == {"sites", "studies", "rounds", "models", "strategies", "heads", "transcripts"}

@@ -58,6 +58,8 @@ from common.secagg.records import (
 from common.secagg.sums import Accumulator
 from common.secagg.transcript import Transcript, write_transcripts
 from common.study import Manifest, Party, SignedManifest, Study
+from common.tasks.models import initial_state
+from common.tasks.state import model_digest
 from common.version import SOFTWARE_VERSION
 from common.witness import HUB, Witness
 from tests.federation import NAMES, small_study
@@ -225,8 +227,10 @@ class Federation:
     def opened(self, manifest: Manifest, number: int, ids: tuple[int, ...]) -> Transcript:
         """A real sum of random vectors; without pair masks, which cancel in it anyway."""
         man, earlier = manifest.digest, self.transcripts.setdefault(manifest.digest, [])
-        params = run_params(manifest, check(manifest, None), self.roster, HUB)
-        began = earlier[-1].result.model_digest if earlier else bytes(32)
+        admitted = check(manifest, None)
+        initial = model_digest(initial_state(manifest), admitted.layout)
+        began = earlier[-1].result.model_digest if earlier else initial
+        params = run_params(manifest, admitted, self.roster, HUB)
         start = RoundStart(man, bytes(range(32)), number, os.urandom(32), began, 1)
         cohort = Cohort(number, 1, tuple((member, os.urandom(32)) for member in ids))
         ctx = context(man, start.dirh, began, cohort)

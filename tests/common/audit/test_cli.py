@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from common.audit.cli import SELF_CONSISTENT, app
+from common.audit.cli import ON_THE_HUBS_WORD, SELF_CONSISTENT, app
 from common.audit.evidence import Evidence
 from common.audit.payloads import member_name
 from common.audit.proofs import own_key, verify_proof
@@ -89,6 +89,8 @@ def test_verify_says_that_all_holds(ran: Federation, files: list[Path], trust: P
         result = run("verify", *files, "--trust", given)
         assert result.exit_code == 0
         *lines, last = result.stdout.splitlines()
+        if given != trust:
+            assert lines.pop() == ON_THE_HUBS_WORD
         assert last == f"all {len(lines)} checks hold"
         assert all(line.startswith("ok    ") for line in lines)
         assert (
@@ -174,12 +176,23 @@ def test_recompute_says_that_every_sum_is_right(kept: Federation, tmp_path: Path
     result = run("recompute", evidence, payloads, "--trust", trust)
     assert result.exit_code == 0
     assert result.stdout == (
-        f"ok    hub  sum  study {digest}, round 1: the sum of 4 hospitals, bit for bit\nall 1 sums are right\n"
+        f"ok    hub  sum  study {digest}, round 1: the sum of 4 hospitals, bit for bit\nall 1 sums with kept payloads are right\n"
     )
     found = data("recompute", evidence, payloads, "--trust", trust)
     assert (found["trusted"], found["passed"]) == (True, True)
     assert found["checks"][-1]["name"] == "sum"
     assert data("recompute", evidence, payloads, code=5, slug="audit.untrusted")["passed"]
+
+
+def test_a_hubs_fingerprint_vouches_for_no_hospital(kept: Federation, tmp_path: Path) -> None:
+    """A hub that holds its own key alone can sign a roster of hospitals that it invented."""
+    evidence, payloads, _ = handed_over(kept, tmp_path)
+    mark = fingerprint(kept.trust.hub_key)
+    failure("recompute", evidence, payloads, "--trust", mark, code=2, slug="audit.hub-alone")
+    result = run("verify", evidence, "--trust", mark)
+    assert result.exit_code == 0
+    assert ON_THE_HUBS_WORD in result.stdout
+    assert ON_THE_HUBS_WORD not in run("verify", evidence, "--trust", tmp_path / "roster.json").stdout
 
 
 def test_recompute_names_the_sum_that_is_not(kept: Federation, tmp_path: Path) -> None:

@@ -340,6 +340,20 @@ def invented_sum(ran: Federation, evidence: Evidence) -> Evidence:
     return ran.rewritten(evidence, change)
 
 
+def hidden_round(ran: Federation, evidence: Evidence) -> Evidence:
+    """A hub that leaves out the first sum of a study, of its ledger and of its transcripts."""
+    man = next(iter(ran.transcripts))
+
+    def change(entries: Entries) -> None:
+        drop(entries, Completed, manifest=man.hex())
+        for at, entry in enumerate(entries):
+            if isinstance(entry, Completed) and entry.manifest == man.hex():
+                entries[at] = entry.model_copy(update={"step": entry.step - 1})
+
+    rounds = {**evidence.rounds, man.hex(): ran.rounds(ran.transcripts[man][1:])}
+    return replace(ran.rewritten(evidence, change), rounds=rounds)
+
+
 def old_head(ran: Federation, evidence: Evidence) -> Evidence:
     return replace(evidence, head=ran.head(evidence.party, evidence.leaves[:-1]))
 
@@ -375,6 +389,7 @@ TABLE: list[tuple[str, int, Change, str, str]] = [
     ("a forged opening", HUB, transcripts(forged_opening), HUBS, "openings"),
     ("another result", HUB, transcripts(another_result), HUBS, "openings"),
     ("a round that the ledger does not have", HUB, transcripts(another_round), HUBS, "openings"),
+    ("the first round hidden", HUB, hidden_round, HUBS, "openings"),
     ("an invented sum", HUB, invented_sum, HUBS, "openings"),
     ("transcripts that are none", HUB, lambda _, e: replace(e, rounds=dict.fromkeys(e.rounds, b"x")), HUBS, "openings"),
     # Signatures, heads, names, keys.

@@ -111,13 +111,22 @@ class Federation:
             state=state,
         )
 
-    def restart(self, i: int, version: int = -1, *, now: str = NOW, charged_round: int = 0) -> Site:
+    def restart(
+        self,
+        i: int,
+        version: int = -1,
+        *,
+        now: str = NOW,
+        charged_round: int = 0,
+        released: tuple[int, bytes] = (0, b""),
+    ) -> Site:
         """The machine of hospital i again, from what its disk holds (or held)."""
         self.sites[i] = Site.restore(
             self.site_params(i),
             RunState.from_bytes(self.disks[i].versions[version]),
             now=now,
             charged_round=charged_round,
+            released=released,
             persist=self.disks[i],
             entropy=self.entropy[i],
             sign=signing_key(f"site {i}").sign,

@@ -4,7 +4,10 @@ import hashlib
 import hmac
 import struct
 
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
@@ -27,6 +30,31 @@ def hash_of(label: str, *parts: bytes) -> bytes:
 def kdf(key: bytes, label: str, *parts: bytes) -> bytes:
     """HKDF-Expand to 32 bytes is one block: HMAC(key, info || 0x01)."""
     return hmac.new(key, labelled(label, *parts) + b"\x01", hashlib.sha256).digest()
+
+
+def unsealed(ct: bytes, mlkem_seed: bytes, x25519_key: bytes, info: bytes) -> bytes:
+    """HPKE, base mode, empty aad, of KEM 0x647A (X-Wing: ML-KEM-768, X25519), HKDF-SHA256 and AES-256-GCM."""
+    mlkem, x25519 = (
+        MLKEM768PrivateKey.from_seed_bytes(mlkem_seed),
+        X25519PrivateKey.from_private_bytes(x25519_key),
+    )
+    own, theirs = x25519.public_key().public_bytes_raw(), ct[1088:1120]
+    halves = mlkem.decapsulate(ct[:1088]) + x25519.exchange(X25519PublicKey.from_public_bytes(theirs))
+    shared = hashlib.sha3_256(halves + theirs + own + bytes.fromhex("5c2e2f2f5e5c")).digest()
+    suite = b"HPKE-v1HPKE" + struct.pack(">HHH", 0x647A, 1, 2)
+
+    def extract(salt: bytes, label: bytes, part: bytes) -> bytes:
+        return hmac.new(salt, suite + label + part, hashlib.sha256).digest()
+
+    def expand(key: bytes, label: bytes, context: bytes, size: int) -> bytes:
+        return hmac.new(
+            key, struct.pack(">H", size) + suite + label + context + b"\x01", hashlib.sha256
+        ).digest()[:size]
+
+    context = b"\x00" + extract(b"", b"psk_id_hash", b"") + extract(b"", b"info_hash", info)
+    secret = extract(shared, b"secret", b"")
+    key, nonce = expand(secret, b"key", context, 32), expand(secret, b"base_nonce", context, 12)
+    return AESGCM(key).decrypt(nonce, ct[1120:], b"")
 
 
 def keystream(key: bytes, size: int) -> bytes:

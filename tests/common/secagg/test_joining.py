@@ -326,7 +326,9 @@ def test_after_round_one_the_setup_is_over_but_answers_are_repeated() -> None:
 def test_a_setup_that_timed_out_erases_its_keys() -> None:
     federation = seeded(4)
     site = federation.sites[1]
+    assert site.setting_up is True
     site.end_setup()
+    assert site.setting_up is False
     assert federation.disks[1].state.setup is None
     confirm = site.on_pair_seeds(federation.hub.seeds_for(1))
     assert [peer for peer, _ in confirm.tags] == [2, 4]
@@ -422,8 +424,16 @@ def test_the_hub_verifies_before_it_passes_on() -> None:
         hub.on_confirm(1, signed(dataclasses.replace(confirm, dirh=bytes(32)), 1, man))
     with pytest.raises(RefusedError, match="another directory"):
         hub.on_confirm(1, signed(dataclasses.replace(confirm, dirh=HIGHEST), 1, man))
-    # A hospital is no peer of its own.
-    hub.on_confirm(1, signed(dataclasses.replace(confirm, tags=((1, bytes(32)), *confirm.tags)), 1, man))
+    # A hospital is no peer of its own; repeated, a tag would fill the messages to honest hospitals.
+    (peer, tag), *_ = confirm.tags
+    for tags in (
+        ((1, bytes(32)), *confirm.tags),
+        ((peer, tag), (peer, tag)),
+        ((9, tag),),
+        ((3, tag), (2, tag)),
+    ):
+        with pytest.raises(RefusedError, match="others than its peers, or one twice"):
+            hub.on_confirm(1, signed(dataclasses.replace(confirm, tags=tags), 1, man))
     assert hub.outcome().pairs == frozenset()
     hub.on_confirm(1, confirm)
     assert hub.missing_confirms() == (2, 3)

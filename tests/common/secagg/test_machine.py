@@ -10,7 +10,17 @@ import pytest
 
 from common.errors import RefusedError, VerificationError, WardroundError
 from common.secagg.hub import HubRound
-from common.secagg.records import Cohort, OpenPlease, Result, payload_digest
+from common.secagg.records import (
+    Cohort,
+    KeyAnnounce,
+    Open,
+    OpenPlease,
+    PairSeed,
+    Record,
+    Result,
+    Upload,
+    payload_digest,
+)
 from common.secagg.site import Site
 from common.secagg.state import RunState
 from tests.common.secagg.federation import MODEL, NOW, Counter, Disk, Federation, matches, memory
@@ -144,6 +154,155 @@ def test_a_crash_right_after_each_write_loses_no_more_than_the_round(crash: str)
     assert matches(federation, federation.whole_round(2), 2)
 
 
+@dataclasses.dataclass
+class Killing:
+    """A disk under which the process dies at one write: before it is durable, or right after."""
+
+    disk: Disk
+    at: int
+    after: bool
+    count: int = 0
+
+    def __call__(self, state: RunState) -> None:
+        self.count += 1
+        if self.count != self.at or self.after:
+            self.disk(state)
+        if self.count == self.at:
+            raise CrashedError
+
+
+class Life:
+    """A run of four hospitals through setup and three rounds, the second with two attempts.
+
+    Hospital 1 may be killed at a write; it is started again and asked again. ``rounds`` are those in which it
+    was summed, ``left`` the records that left it.
+    """
+
+    def __init__(self, at: int = 0, after: bool = False) -> None:
+        self.federation = Federation(4, rounds_max=3)
+        self.disk = Killing(self.federation.disks[1], at, after)
+        self.federation.sites[1]._persist = self.disk
+        self.rounds: list[int] = []
+        self.left: list[Record] = []
+        self.charged = 0
+
+    def ask(self, i: int, call: Callable[[Site], Any]) -> Any:
+        """What a hospital answers, however often it dies; None: it refuses."""
+        for _ in range(2):
+            try:
+                answer = call(self.federation.sites[i])
+            except CrashedError:
+                if self.federation.disks[1].versions:
+                    self.federation.restart(1, charged_round=self.charged)
+                else:
+                    self.federation.sites[1] = self.federation.new_site(1)
+                continue
+            except RefusedError:
+                return None
+            if i == 1:
+                self.left += [answer] if isinstance(answer, Record) else answer or ()
+            return answer
+        raise AssertionError("it died twice")
+
+    def set_up(self) -> None:
+        federation, hub = self.federation, self.federation.hub
+        for i in federation.ids:
+            hub.on_announce(i, self.ask(i, lambda site: site.announce()))
+        for i in federation.ids:
+            hub.on_pair_seeds(i, self.ask(i, lambda site: site.on_directory(hub.directory())))
+        for i in federation.ids:
+            hub.on_confirm(i, self.ask(i, lambda site, i=i: site.on_pair_seeds(hub.seeds_for(i))))
+        for i in federation.ids:
+            self.ask(i, lambda site, i=i: tuple(site.on_confirms(hub.confirms_for(i))) and ())
+        federation.setup = hub.outcome()
+        assert len(federation.setup.pairs) == 6
+
+    def round(self, number: int) -> None:
+        federation = self.federation
+        hub = federation.round(number, start_at=())
+        for i in federation.ids:
+            self.ask(i, lambda site: site.on_round_start(hub.start))
+            if i == 1 and federation.sites[1].round == number:
+                self.charged = number
+            ready = self.ask(i, lambda site, i=i: site.ready(*federation.vectors(i, number), MODEL))
+            if ready is not None:
+                hub.on_ready(i, ready)
+        for _ in range(2 if number == 2 else 1):
+            cohort = hub.cohort()
+            self.upload(hub, cohort)
+        if hub.missing_uploads():
+            self.upload(hub, hub.cohort(without=hub.missing_uploads()))
+        request = hub.open_please()
+        for i in hub.accumulator.ids:
+            hub.on_open(i, self.ask(i, lambda site: site.on_open_please(request)))
+        sums = hub.finish()
+        assert matches(federation, sums, number)
+        if 1 in sums.cohort:
+            self.rounds.append(number)
+            state = federation.disks[1].state
+            assert state.closed or (state.s, state.index) == (b"", number + 1)
+        for i in sums.cohort:
+            self.ask(i, lambda site: site.on_result(hub.result(MODEL)))
+
+    def upload(self, hub: HubRound, cohort: Cohort) -> None:
+        for i in cohort.ids:
+            header = self.ask(i, lambda site: site.on_cohort(cohort))
+            if header is not None:
+                self.federation.send_payload(hub, i, header)
+
+
+def lived(at: int = 0, after: bool = False) -> Life:
+    life = Life(at, after)
+    life.set_up()
+    for number in (1, 2, 3):
+        life.round(number)
+    return life
+
+
+WRITES = (
+    *("announced", "directory", "confirmed", "accepted"),
+    *("round 1", "upload 1", "opened 1"),
+    *("round 2", "first upload 2", "second upload 2", "opened 2"),
+    *("round 3", "upload 3", "opened 3", "closed"),
+)
+
+
+def test_the_writes_of_a_run_are_these() -> None:
+    life = lived()
+    assert life.disk.count == len(life.federation.disks[1].versions) == len(WRITES)
+    assert life.rounds == [1, 2, 3]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_crash_between_any_two_writes_costs_one_round_at_the_most(write: str, after: bool) -> None:
+    life = lived(WRITES.index(write) + 1, after)
+    # The vectors of a round are gone with the process: from its acceptance to the one durable upload.
+    lost = {
+        ("round 1", True): 1,
+        ("upload 1", False): 1,
+        ("round 2", True): 2,
+        ("first upload 2", False): 2,
+        ("first upload 2", True): 2,
+        ("second upload 2", False): 2,
+        ("round 3", True): 3,
+        ("upload 3", False): 3,
+    }.get((write, after))
+    assert life.rounds == [number for number in (1, 2, 3) if number != lost]
+    # What left it: one announcement, one seed a pair, one payload a context, one opening a round.
+    announced = {record for record in life.left if isinstance(record, KeyAnnounce)}
+    seeds = {record for record in life.left if isinstance(record, PairSeed)}
+    uploads = {record for record in life.left if isinstance(record, Upload)}
+    opened = [record.ctx for record in life.left if isinstance(record, Open)]
+    assert len(announced) == 1
+    assert {(seed.i, seed.j) for seed in seeds} == {(1, 2), (1, 4)}
+    assert len(seeds) == 2
+    assert len({header.ctx for header in uploads}) == len(uploads)
+    assert len(opened) == len(set(opened)) == len(life.rounds)
+    for version in life.federation.disks[1].versions:
+        assert RunState.from_bytes(version).to_bytes() == version
+
+
 def test_the_last_round_closes_the_run() -> None:
     federation = memory(4, rounds_max=2)()
     federation.whole_round(1)
@@ -230,6 +389,31 @@ def test_a_rolled_back_run_file_is_closed() -> None:
             assert federation.restart(1, charged_round=0).closed
 
 
+def test_a_run_file_behind_a_recorded_upload_is_closed() -> None:
+    """Also within one round: of two attempts that left, only the latest can be opened, whatever was put back."""
+    federation = FOUR()
+    hub = federation.round(1)
+    federation.ready(hub)
+    first = federation.sites[1].on_cohort(hub.cohort())
+    second = federation.sites[1].on_cohort(hub.cohort(without=(4,)))
+    versions = list(federation.disks[1].versions)
+    attempts = [RunState.from_bytes(version).attempt for version in versions]
+    assert attempts[-3:] == [0, 1, 2]
+    ledgers = {(0, b""): 0, (1, first.ctx): 1, (2, second.ctx): 2, (1, second.ctx): 2, (2, first.ctx): 3}
+    for released, least in ledgers.items():
+        for attempt in (0, 1, 2):
+            federation.disks[1].versions[:] = versions
+            site = federation.restart(1, attempt - 3, charged_round=1, released=released)
+            # A state ahead of the ledger is one that was killed before it was recorded.
+            assert site.closed == (attempt < least), (released, attempt)
+            if not site.closed and attempt:
+                header = (first, second)[attempt - 1]
+                assert site.on_open_please(OpenPlease(header.ctx)).ctx == header.ctx
+    # What is recorded of another round says nothing of this one.
+    federation.disks[1].versions[:] = versions
+    assert not federation.restart(1, -2, charged_round=0, released=(2, second.ctx)).closed
+
+
 def test_a_state_of_another_run_or_hospital_is_refused() -> None:
     federation = FOUR()
     state = federation.disks[1].state
@@ -267,6 +451,7 @@ def test_the_policy_of_t_0_is_asked_again_at_a_restart() -> None:
     arguments: dict[str, Any] = {
         "now": NOW,
         "charged_round": 0,
+        "released": (0, b""),
         "persist": Disk(),
         "entropy": Counter("t"),
         "sign": bytes,

@@ -85,7 +85,12 @@ def test_masks_cancel(dtype: str, size: int, added: int, subtracted: int, data: 
 
 
 def test_wrong_words_and_keys_are_refused() -> None:
-    for words in (np.zeros(4, dtype="<i4"), np.zeros((2, 2), dtype="<u4"), np.zeros(8, dtype="<u4")[::2]):
+    for words in (
+        np.zeros(4, dtype="<i4"),
+        np.zeros((2, 2), dtype="<u4"),
+        np.zeros((), dtype="<u4"),
+        np.zeros(8, dtype="<u4")[::2],
+    ):
         with pytest.raises(VerificationError):
             masks.apply_keystreams(words, [bytes(32)])
     for key in (b"", bytes(16), bytes(31), bytes(33)):

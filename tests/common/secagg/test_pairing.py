@@ -4,12 +4,13 @@ import copy
 import pickle
 
 import pytest
+from cryptography.hazmat.primitives import hpke
 
 from common.encoding import u16
 from common.errors import VerificationError
 from common.secagg import pairing
 from tests.common.secagg.federation import Counter
-from tests.common.secagg.reference import hash_of
+from tests.common.secagg.reference import hash_of, unsealed
 
 MAN, DIRH, SEED = bytes(32), b"\x01" * 32, b"\x07" * 32
 KEYS = pairing.SetupKeys.new(Counter("a"))
@@ -21,6 +22,11 @@ def test_a_sealed_seed_opens_once_sealed_and_never_looks_the_same() -> None:
     assert len(first) == 1168
     assert first != second
     assert pairing.unseal_seed(first, KEYS, INFO) == pairing.unseal_seed(second, KEYS, INFO) == SEED
+
+
+def test_a_sealed_seed_is_the_one_of_the_reference() -> None:
+    ct = pairing.seal_seed(SEED, *KEYS.public(), INFO)
+    assert unsealed(ct, KEYS.mlkem_seed, KEYS.x25519_key, INFO) == SEED
 
 
 def test_another_key_info_or_byte_does_not_open() -> None:
@@ -41,8 +47,13 @@ def test_another_key_info_or_byte_does_not_open() -> None:
 
 
 def test_a_seed_of_another_length_is_not_accepted() -> None:
-    with pytest.raises(VerificationError, match="HPKE format"):
-        pairing.seal_seed(SEED + b"\x00", *KEYS.public(), INFO)
+    public = hpke.MLKEM768X25519PublicKey(*(key.public_key() for key in KEYS.private()))
+    for seed in (SEED + b"\x00", SEED[:-1]):
+        with pytest.raises(VerificationError, match="HPKE format"):
+            pairing.seal_seed(seed, *KEYS.public(), INFO)
+        # A peer that seals by itself can seal anything.
+        with pytest.raises(VerificationError, match="does not open"):
+            pairing.unseal_seed(pairing._SUITE.encrypt(seed, public, info=INFO), KEYS, INFO)
 
 
 def test_what_is_not_a_public_key_is_refused() -> None:
@@ -67,7 +78,9 @@ def test_the_info_is_the_labelled_digest() -> None:
     assert pairing.pair_info(MAN, DIRH, 3, 9) == hash_of("pair", MAN, DIRH, u16(3), u16(9))
 
 
-@pytest.mark.parametrize("drawn", [b"", bytes(31), bytes(32), bytearray(b"x" * 32), b"x" * 33, None])
+@pytest.mark.parametrize(
+    "drawn", [b"", bytes(31), bytes(32), bytearray(b"x" * 32), b"x" * 31, b"x" * 33, None]
+)
 def test_broken_randomness_is_refused(drawn: bytes) -> None:
     with pytest.raises(VerificationError, match="randomness"):
         pairing.fresh(lambda size: drawn, 32)

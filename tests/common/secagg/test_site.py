@@ -15,7 +15,7 @@ from common.errors import RefusedError, VerificationError, WardroundError
 from common.secagg import keys, masks, records
 from common.secagg.hub import HubRound
 from common.secagg.records import Cohort, OpenPlease, Record, Result, RoundStart
-from tests.common.secagg.federation import MODEL, Federation, matches, memory, signing_key
+from tests.common.secagg.federation import MODEL, Counter, Federation, matches, memory, signing_key
 from tests.common.secagg.reference import hash_of, kdf, masked
 from tests.common.secagg.strategies import ALL, a_record
 
@@ -629,6 +629,30 @@ def test_two_runs_of_the_same_hospitals_share_no_key_and_take_no_message() -> No
     assert not b & {new_hub.accumulator.openings[i].b for i in newer.ids}
 
 
+@pytest.mark.parametrize("same_vector", [True, False])
+def test_a_clone_with_the_same_randomness_uses_no_mask_twice(same_vector: bool) -> None:
+    """A copy of a whole machine, its generator included: the same bytes, or another context with other masks."""
+    federation = FOUR()
+    hub = federation.round(1, start_at=(2, 3, 4))
+    readies = federation.ready(hub, (2, 3, 4))
+    state, (params, scalars) = federation.disks[1].state, federation.vectors(1)
+    found = []
+    for change in (0, 0 if same_vector else 1):
+        federation.entropy[1] = Counter("cloned")
+        site = federation.new_site(1, state)
+        site.on_round_start(hub.start)
+        nu = site.ready(params + change, scalars, MODEL).nu
+        members = tuple(sorted([(1, nu), *((i, ready.nu) for i, ready in readies.items())]))
+        header = site.on_cohort(Cohort(1, 1, members))
+        found.append((nu, header, np.frombuffer(site.payload()[:24], dtype="<u4")))
+    (nu, header, words), (other_nu, other, other_words) = found
+    assert federation.entropy[1].calls == 1
+    assert (nu == other_nu) == (header == other) == (header.ctx == other.ctx) == same_vector
+    # What a hub would learn from one mask on two vectors: their difference.
+    assert ((other_words - words) == 0).all() == same_vector
+    assert same_vector or (other_words - words != 1).all()
+
+
 def test_every_keystream_of_a_run_has_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five hospitals, three rounds, of which the second has three attempts: who applies which key, and how."""
     applied: list[tuple[tuple[bytes, ...], tuple[bytes, ...]]] = []
@@ -699,7 +723,10 @@ def test_fuzzed_messages_never_crash_and_never_open(record: Record) -> None:
     }
     for table in (methods, hub):
         method = table.get(type(record))
-        if method is not None:
+        if isinstance(record, records.Tag) and record.id in site.accepted:
+            # No signature tells that it is false, and after the setup it changes nothing.
+            assert site.on_confirms([record]) == site.accepted == {2, 3, 4}
+        elif method is not None:
             with pytest.raises((RefusedError, VerificationError)):
                 method(record)
     assert disk.versions == before

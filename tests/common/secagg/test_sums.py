@@ -108,6 +108,7 @@ def test_a_tampered_chunk_is_refused() -> None:
         (2, good[3], "bytes"),
         (-1, good[3], "0 to 3"),
         (4, good[3], "0 to 3"),
+        (5, good[3], "0 to 3"),
         (True, good[1], "0 to 3"),
     ]
     for index, data, match in cases:
@@ -134,12 +135,13 @@ def test_false_headers_are_refused() -> None:
     federation = FOUR()
     hub, _, headers, _ = masked(federation)
     good = headers[1]
-    fewer = good.chunk_digests[:1]
+    fewer, more = good.chunk_digests[:1], (*good.chunk_digests, bytes(32))
     cases: list[tuple[int, Upload, str]] = [
         (2, good, "another context or name"),
         (1, headers[2], "another context or name"),
         (9, good, "another context or name"),
         (1, resigned(good, federation, 1, ctx=bytes(32)), "another context or name"),
+        (1, resigned(good, federation, 1, ctx=b"\xff" * 32), "another context or name"),
         (1, dataclasses.replace(good, commit=bytes(32)), "not signed"),
         (1, resigned(good, federation, 2), "not signed"),
         (1, resigned(good, federation, 1, payload_digest=bytes(32)), "payload digest"),
@@ -147,6 +149,11 @@ def test_false_headers_are_refused() -> None:
         (
             1,
             resigned(good, federation, 1, chunk_digests=fewer, payload_digest=records.payload_digest(fewer)),
+            "2 chunks",
+        ),
+        (
+            1,
+            resigned(good, federation, 1, chunk_digests=more, payload_digest=records.payload_digest(more)),
             "2 chunks",
         ),
     ]
@@ -194,6 +201,7 @@ def test_a_wrong_opening_is_refused() -> None:
         (1, good[2], "another context or name"),
         (9, good[1], "all of its cohort"),
         (1, dataclasses.replace(good[1], ctx=bytes(32)), "another context or name"),
+        (1, dataclasses.replace(good[1], ctx=b"\xff" * 32), "another context or name"),
         (1, dataclasses.replace(good[1], b=bytes(32)), "not signed"),
         (1, false_b, "another seed than it committed to"),
     ):
@@ -211,12 +219,12 @@ def test_a_wrong_opening_is_refused() -> None:
 
 def test_a_void_sum_is_refused() -> None:
     """A hospital that garbles its payload under its own signature: no sum, and nobody is named."""
-    for vector in ("params", "scalars"):
+    for parts in ((0,), (1,), (0, 1)):
         federation = FOUR()
         hub, _, headers, chunks = masked(federation)
-        part = 0 if vector == "params" else 1
         garbled = list(chunks[1])
-        garbled[part] = garbled[part][:-1] + bytes([garbled[part][-1] ^ 1])
+        for part in parts:
+            garbled[part] = garbled[part][:-1] + bytes([garbled[part][-1] ^ 1])
         digests = tuple(digest("chunk", chunk) for chunk in garbled)
         false = resigned(
             headers[1], federation, 1, chunk_digests=digests, payload_digest=records.payload_digest(digests)
