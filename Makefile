@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ONLY ?=
+JOBS ?= 2
+# Tests of whole federations: each has the machine to itself, for what they hold has to happen in time.
+WHOLE := tests/end_to_end tests/faults tests/test_readme.py
 
 .PHONY: demo test lint format bench faults fuzz mutants stubs lines
 
@@ -16,7 +19,8 @@ demo: $(STAMP)
 	$(BIN)/wardround demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(addprefix --ignore=,$(WHOLE)) $(ARGS)
+	$(BIN)/python -m pytest $(WHOLE) $(ARGS)
 
 lint: $(STAMP) lines
 	$(BIN)/ruff check .
