@@ -151,6 +151,8 @@ def test_counts_of_records_are_those_of_the_table(kind: Kind) -> None:
 def test_a_request_names_its_manifest(size: int) -> None:
     with pytest.raises(VerificationError, match="manifest digest"):
         messages.decode_request("query.keys", labelled("request/query.keys", bytes(size), b""))
+    with pytest.raises(VerificationError, match="manifest digest"):
+        messages.decode_request("query.keys", labelled("request/query.keys", bytes(32)))
 
 
 def test_a_document_belongs_to_the_offer_alone() -> None:
@@ -165,3 +167,27 @@ def test_a_decision_is_one_of_three_words(decision: bytes) -> None:
         messages.decode_reply("query.study", labelled("reply/query.study", b"ok", decision))
     with pytest.raises(VerificationError):
         messages.decode_reply("query.close", labelled("reply/query.close", b"ok", b"approved"))
+
+
+def test_a_reply_is_available_with_a_decision_unless_it_says_otherwise() -> None:
+    reply = Reply(messages.KEYS, records=(EXAMPLES[records.KeyAnnounce],))
+    assert messages.decode_reply("query.keys", messages.encode_reply(reply)) == reply
+    for parts in ((), (b"ok",), (b"",), (b"fine", b"")):
+        with pytest.raises(VerificationError, match="'ok' or 'unavailable'"):
+            messages.decode_reply("query.close", labelled("reply/query.close", *parts))
+
+
+def test_the_run_of_a_request_is_read_or_empty() -> None:
+    man = bytes(range(32))
+    body = messages.encode_request(Request(messages.KEYS, man))
+    assert messages.run_of("query.keys", body) == man.hex()
+    for kind, other in (
+        ("query.close", body),
+        ("query.nothing", body),
+        ("query.keys", b""),
+        ("query.keys", body[:-1]),
+        ("query.keys", labelled("request/query.keys")),
+        ("query.keys", labelled("request/query.keys", man[:-1], b"")),
+        ("query.keys", labelled("request/query.keys", man + b"\0", b"")),
+    ):
+        assert messages.run_of(kind, other) == ""

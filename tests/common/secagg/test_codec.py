@@ -39,6 +39,13 @@ def test_overflow_is_exact(cohort: int, bits: int, variance: int) -> None:
     assert not codec.fits(cohort, bits, 1.0, math.nextafter(low, math.inf), variance)
 
 
+def test_one_step_of_room_is_enough() -> None:
+    # 2^15 - 7 x 4681 = 1.
+    assert codec.fits(7, 16, 1.0, 4680.0)
+    assert not codec.fits(7, 16, 1.0, 4681.0)
+    assert not codec.fits(7, 16, 1.0, 4680.0, noise_variance=1)
+
+
 def test_the_bound_is_reached_and_does_not_wrap() -> None:
     largest = (1 << 15) // 3 - 2
     assert codec.fits(3, 16, 1.0, float(largest))

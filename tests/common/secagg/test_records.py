@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.encoding import labelled
+from common.encoding import labelled, split_labelled
 from common.errors import VerificationError
 from common.secagg import records
 from common.secagg.records import Fixed, Integer, Record, decode, encode
@@ -43,6 +43,19 @@ def test_encoding_is_canonical(record: Record, data: st.DataObject) -> None:
     # What is read from other bytes is another record, whose only bytes these are.
     assert read != record or other == encoded
     assert encode(read) == other
+
+
+@pytest.mark.parametrize("record_type", ALL)
+@settings(max_examples=5, deadline=None)
+@given(data=st.data())
+def test_every_part_has_its_width(record_type: type[Record], data: st.DataObject) -> None:
+    """A shorter number is the same number: it must not be read all the same."""
+    label = "record/" + record_type.__name__
+    parts = split_labelled(label, encode(data.draw(a_record(record_type))), "record")
+    for at, part in enumerate(parts):
+        for other in (part[:-1], part + b"\0"):
+            with pytest.raises(VerificationError):
+                decode(record_type, labelled(label, *parts[:at], other, *parts[at + 1 :]))
 
 
 @pytest.mark.parametrize("record_type", ALL)
