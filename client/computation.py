@@ -88,13 +88,14 @@ class Computation:
         Raises: FailureError, ContractError.
         """
         cut = cut or threading.Event()
-        timer = threading.Timer(timeout_s, self.stop, (cut, True))
+        overrun = threading.Event()
+        timer = threading.Timer(timeout_s, self._kill_overrun, (cut, overrun))
         timer.start()
         try:
             with self._turn:
                 try:
                     process = self._loaded(cut)
-                    if cut.is_set():
+                    if cut.is_set() or overrun.is_set():
                         raise FailureError("worker.cut", "the round was over before its rows were loaded")
                     result = self._ask(process, {"op": "compute"}, state)
                     self._proven = process
@@ -106,18 +107,24 @@ class Computation:
             raise FailureError("worker.result", "the worker's result has another length than the model")
         return np.frombuffer(result, dtype="<i8").astype(np.int64)
 
-    def stop(self, cut: threading.Event, overrun: bool = False) -> None:
+    def _kill_overrun(self, cut: threading.Event, overrun: threading.Event) -> None:
+        overrun.set()
+        with self._changing:
+            process = self._process if self._round is cut else None
+        self._drop(process)
+
+    def stop(self, cut: threading.Event) -> None:
         """Set ``cut`` and kill the worker that computes for it; the next round gets a fresh one.
 
         One still starting, loading rows or computing for the first time goes on with that, for the
-        next round, unless it has overrun its time: else a slow starter would be started anew for ever.
+        next round: else a slow starter would be started anew for ever.
 
         Guarantee: a_cut_round_is_not_computed - whether its worker is running, starting or not there yet.
         """
         cut.set()
         with self._changing:
             process = self._process if self._round is cut else None
-            if process is not self._proven and not overrun:
+            if process is not self._proven:
                 process = None
         self._drop(process)
 

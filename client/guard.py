@@ -26,6 +26,7 @@ from common.ledger import entries as leaves
 from common.ledger.entries import (
     Approval,
     Charge,
+    Closed,
     Entry,
     Opened,
     Outcome,
@@ -37,7 +38,7 @@ from common.ledger.entries import (
 )
 from common.ledger.store import Ledger
 from common.privacy.decimals import text_of
-from common.privacy.events import Event
+from common.privacy.events import Event, settled
 from common.privacy.filter import Cap, admits, odometer, rounds_left
 from common.roster import Roster, SignedRoster
 from common.study import Manifest, NoDifferentialPrivacy
@@ -72,7 +73,8 @@ class Guard:
         self._identity = identity
         self._now = now
         self._pins = Pins(home)
-        self._events: list[Event] = []
+        self._events: dict[str, Event] = {}
+        self._uploads: dict[str, list[tuple[int, int]]] = {}
         self._parsed = 0
         self._parsing, self._charging = threading.Lock(), threading.Lock()
         register = self.policy.privacy_register
@@ -302,8 +304,13 @@ class Guard:
             remedy = "Put the newest ledger.db back; without it this register stays closed."
             raise RefusedError("guard.ledger-behind", problem, remedy=remedy)
 
-    def released(self, man: bytes, round_number: int, attempt: int, ctx: bytes) -> None:
+    def released(
+        self, man: bytes, round_number: int, attempt: int, ctx: bytes, size: int = 0, variance: int = 0
+    ) -> None:
         """Record, before its first byte leaves, that an upload of a charged round leaves; once an attempt.
+
+        With shared noise, ``size`` of the cohort and ``variance`` of the own share in squared grid units: the
+        round is settled at the least of them.
 
         Raises: RefusedError when the ledger holds no charge for that round.
         """
@@ -312,7 +319,7 @@ class Guard:
             raise RefusedError("guard.not-charged", "nothing is charged for this round")
         event, outcomes = last
         if all((said.attempt, said.ctx) != (attempt, ctx.hex()) for said in outcomes):
-            self._append_outcome(event, "upload_started", attempt, ctx.hex())
+            self._append_outcome(event, "upload_started", attempt, ctx.hex(), size, variance)
 
     def settle(self, man: bytes, reason: OutcomeReason, ctx: bytes = b"") -> int:
         """Record, once, what became of the last charged round of a study; its number, 0 if nothing was new.
@@ -329,6 +336,19 @@ class Guard:
         self._append_outcome(event, reason, attempt, left)
         return event.round
 
+    def closed(self, man: bytes) -> None:
+        """Record, once, that a study that was approved here is over: nothing is reserved for it any more."""
+        name = man.hex()
+
+        def decide(entries: Sequence[Entry]) -> Closed:
+            said = [entry for entry in entries if isinstance(entry, Approval | Closed) and entry.manifest == name]
+            if not said or isinstance(said[-1], Closed):
+                raise _Recorded
+            return Closed(actor=self._actor, manifest=name)
+
+        with suppress(_Recorded):
+            self._ledger.append_if(decide)
+
     def leaf_hashes(self) -> Sequence[bytes]:
         """The hash of every leaf of the ledger, in order."""
         return self._ledger.leaf_hashes()
@@ -342,8 +362,18 @@ class Guard:
                 return event, outcomes
         return None
 
-    def _append_outcome(self, event: Event, reason: OutcomeReason, attempt: int, ctx: str | None) -> None:
+    def _append_outcome(
+        self,
+        event: Event,
+        reason: OutcomeReason,
+        attempt: int,
+        ctx: str | None,
+        size: int = 0,
+        variance: int = 0,
+    ) -> None:
         fields = {"actor": self._actor, "event_id": event.event_id, "attempt": attempt, "ctx": ctx}
+        if variance:
+            fields |= {"U_size": size, "s_g_squared": variance}
         state = "charged" if ctx is None else "released"
         self._ledger.append(Outcome.model_validate({**fields, "state": state, "reason": reason}))
 
@@ -396,13 +426,24 @@ class Guard:
         return BudgetExhaustedError("budget.exhausted", problem, remedy=remedy, rounds_left=left)
 
     def _charged(self, entries: Sequence[Entry]) -> tuple[Event, ...]:
+        """The events of the register in order, each settled at the least noise of what has left so far."""
         # The ledger has checked that what was read before stands unchanged, so only new entries are parsed.
         with self._parsing:
             if len(entries) > self._parsed:
-                fields = leaves.events(entries[self._parsed :], self.register_id)
-                self._events += map(Event.from_fields, fields)
+                new = entries[self._parsed :]
+                found = [Event.from_fields(fields) for fields in leaves.events(new, self.register_id)]
+                for event in found:
+                    if event.event_id in self._events:
+                        raise VerificationError("guard.event", "the ledger charges one event twice")
+                    self._events[event.event_id] = event
+                for said in new:
+                    if isinstance(said, Outcome) and said.u_size and said.s_g_squared:
+                        self._uploads.setdefault(said.event_id, []).append((said.u_size, said.s_g_squared))
+                        # Each attempt anew from the charge: what is charged holds for every cohort.
+                        event, uploads = self._events[said.event_id], self._uploads[said.event_id]
+                        self._events[said.event_id] = settled(event, uploads)
                 self._parsed = len(entries)
-            return tuple(self._events)
+            return tuple(self._events.values())
 
     def _record(self, policy: Policy) -> None:
         """Write into the ledger what the policy allows, when that is not what stands there.

@@ -14,6 +14,9 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from client import heads
 from client.computation import Computation
 from client.guard import Guard
@@ -23,10 +26,12 @@ from client.settings import DataSource
 from client.state import RunFile, SiteHome
 from client.studies import StudyFolder
 from common import messages
+from common.admissible import Admitted
 from common.errors import BudgetExhaustedError, RefusedError, VerificationError, WardroundError
 from common.identity import key_bytes
 from common.ledger.entries import OutcomeReason
 from common.messages import Reply, Request
+from common.privacy.noise import discrete_gaussian
 from common.run import read_study_document, run_params
 from common.secagg import records
 from common.secagg.site import Site
@@ -260,6 +265,8 @@ class Participation:
             "persist": lambda state: self._run_file.save(man, state.to_bytes()),
             "entropy": self._entropy,
             "sign": self.identity.protocol_key.sign,
+            "outsiders_only": self._guard.policy.rules.outsiders_only,
+            "sampler": discrete_gaussian,
         }
         charged_round = self._guard.last_charged_round(man)
         if state is not None:
@@ -298,13 +305,13 @@ class Participation:
         with self._lock(man):
             self._check_approved(man)
             run = self._run(man)
-            cut, dim, digest = self._accept(run, start, state_file, self._clock())
+            cut, admitted, digest = self._accept(run, start, state_file, self._clock())
         timing = run.manifest.study.aggregation
         left_s = min(start.deadline - self._clock(), timing.deadline_s)
         if timing.ready_s:
             left_s = min(left_s, began + timing.ready_s - self._clock())
         try:
-            q = run.computation.compute(state_file, dim, left_s, cut)
+            q = self._compute(run, state_file, admitted, left_s, cut)
             with self._lock(man):
                 record = run.ready(q, digest, cut)
         finally:
@@ -315,10 +322,26 @@ class Participation:
             run.leaves(cut)
         return record
 
+    def _compute(
+        self, run: Running, state_file: bytes, admitted: Admitted, left_s: float, cut: threading.Event
+    ) -> NDArray[np.int64]:
+        """The vector of a charged round, int64 [dim].
+
+        Guarantee: a_failure_after_the_charge_is_a_zero_with_noise - with shared noise, where a hospital that
+        dropped out would tell that its rows made the computation fail (I14); a round that was cut gives none.
+        """
+        try:
+            return run.computation.compute(state_file, admitted.dim, left_s, cut)
+        except WardroundError as error:
+            if not admitted.shared or cut.is_set():
+                raise
+            log.warning("%s: its rows contribute nothing to this round: %s", run.label, error)
+            return np.zeros(admitted.dim, dtype=np.int64)
+
     def _accept(
         self, run: Running, start: records.RoundStart, state_file: bytes, now: float
-    ) -> tuple[threading.Event, int, bytes]:
-        """Check and charge a round; what cuts it short, the model's numbers and its digest.
+    ) -> tuple[threading.Event, Admitted, bytes]:
+        """Check and charge a round; what cuts it short, what follows from the manifest, the model's digest.
 
         Guarantee: a_newer_round_ends_the_older - at once, unless its worker computes for the first time, and
         only a round that the machine accepts.
@@ -337,7 +360,7 @@ class Participation:
         self._settle(run.params.man, became)
         self._guard.charge(manifest, admitted, start.round)
         log.info("%s: round %d charged", run.label, start.round)
-        return cut, admitted.dim, digest
+        return cut, admitted, digest
 
     def _upload(self, run: Running, cohort: records.Cohort) -> tuple[Reply, tuple[bytes, ...]]:
         """R2 to R3: mask for the cohort, record that it leaves, hand over the payload."""
@@ -346,7 +369,10 @@ class Participation:
         self._guard.check_runnable(run.manifest)
         site = run.site
         header = site.on_cohort(cohort)
-        self._guard.released(run.params.man, site.round, site.attempt, header.ctx)
+        size = len(site.cohort)
+        self._guard.released(
+            run.params.man, site.round, site.attempt, header.ctx, size, run.params.noise_of(size)
+        )
         log.info("%s: round %d uploaded, attempt %d", run.label, site.round, site.attempt)
         payload = memoryview(site.payload())
         chunks = tuple(bytes(payload[span.start : span.stop]) for span in run.params.layout.spans)
@@ -410,6 +436,7 @@ class Participation:
             if run is None and state.closed:
                 return
             self.closed += 1
+            self._guard.closed(man)
             log.info("%s: closed, its secrets are erased", label(man))
             if state.opened is None:
                 # What was opened may have ended well: the result says so, if it comes.

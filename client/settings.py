@@ -77,6 +77,7 @@ class Rules(Strict):
     minimum_hospitals: Annotated[int, Field(ge=3)] = 3
     allow_studies_without_differential_privacy: bool = False
     allow_studies_whose_every_update_the_hub_sees: bool = False
+    outsiders_only: bool = False
     max_round_minutes: Annotated[int, Field(ge=1, le=24 * 60)] = 60
 
 
@@ -147,6 +148,7 @@ coordinators = []
 minimum_hospitals = 3
 allow_studies_without_differential_privacy = false
 allow_studies_whose_every_update_the_hub_sees = false
+outsiders_only = false
 max_round_minutes = 60
 
 # One table an extract that studies may name, for example:

@@ -53,18 +53,19 @@ class Worker:
     def compute(self, state_bytes: bytes) -> bytes:
         """One round: from the model to the integers of a Release, int64 little-endian."""
         from common.tasks.state import load_state
-        from common.tasks.training import train_local
+        from common.tasks.training import contribute, train_local
 
         if self._manifest is None or self._admitted is None or self._table is None:
             raise FailureError("worker.order", "the worker was asked to compute before it was prepared")
         study, admitted = self._manifest.study, self._admitted
         state = load_state(state_bytes, admitted.layout, study.aggregation.state_norm_bound)
-        gate = admitted.gate(self._entropy)
-        table = self._table
-        delta = train_local(
-            state, table.x, table.y, table.patient_index, study, gate, lambda _done, _steps: None
-        )
-        release = gate.finish(delta, admitted.quantiser(self._entropy))
+        rows = self._table.x, self._table.y, self._table.patient_index
+        if admitted.shared:
+            release = contribute(state, *rows, study, admitted.shared_gate(self._entropy))
+        else:
+            gate = admitted.gate(self._entropy)
+            delta = train_local(state, *rows, study, gate, lambda _done, _steps: None)
+            release = gate.finish(delta, admitted.quantiser(self._entropy))
         return release.q.astype("<i8").tobytes()
 
 

@@ -5,7 +5,7 @@ Source: PRIVACY.md "The release gate" (grid, noise, codec bounds), PROTOCOL.md "
 codec's bounds, exactly; no torch, no clock, no data; what this returns is all that a round needs to know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -21,6 +21,7 @@ from common.privacy.gate import (
     PlainGate,
     PlainParams,
     Quantise,
+    SharedGate,
     Vector,
     plan_event,
 )
@@ -62,17 +63,37 @@ class Admitted:
     codec: Codec
     members: int
     colluders: int
+    minimum: int
 
     @property
     def private(self) -> bool:
         """Whether the study has differential privacy."""
         return isinstance(self.params, GateParams)
 
+    @property
+    def shared(self) -> bool:
+        """Whether the hospitals share one noise."""
+        return isinstance(self.params, GateParams) and self.params.mode == "shared-noise"
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The variance of one hospital's share for each cohort from the smallest, empty without sharing."""
+        if not isinstance(self.params, GateParams) or not self.shared:
+            return ()
+        sizes = range(self.minimum, self.members + 1)
+        return tuple(self.params.variance(size - self.colluders) for size in sizes)
+
     def gate(self, entropy: Entropy) -> LocalGate | PlainGate:
-        """A new gate for one round. Product code passes os.urandom."""
+        """A new gate for one round without shared noise. Product code passes os.urandom."""
         if isinstance(self.params, GateParams):
             return LocalGate(self.params, entropy)
         return PlainGate(self.params)
+
+    def shared_gate(self, entropy: Entropy) -> SharedGate:
+        """A new gate for one round with shared noise. Product code passes os.urandom."""
+        if not isinstance(self.params, GateParams):
+            raise UsageError("study.privacy", "a study without differential privacy shares no noise")
+        return SharedGate(self.params, entropy)
 
     def quantiser(self, entropy: Entropy) -> Quantise:
         """float64 [d] to int64 [d] grid steps of the codec; ``entropy`` is used for dither alone."""
@@ -120,7 +141,6 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
             f"the gradients of a patient's rows would be {dim * study.contract.rows_per_patient} numbers",
             "Keep fewer rows of a patient, or use a smaller model.",
         )
-    _check_codec(study)
     _check_arithmetic(study)
     admitted = Admitted(
         manifest_digest=manifest.digest,
@@ -131,11 +151,14 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
         codec=study.aggregation.codec,
         members=len(manifest.members),
         colluders=study.aggregation.colluders,
+        minimum=study.aggregation.minimum_hospitals,
     )
     try:
         admitted.event(_NO_ID, study.training.rounds, 1, _NO_ID)
+        shares = admitted.shares
     except UsageError as error:
-        raise _refusal("privacy", error.problem) from error
+        raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error
+    _check_codec(study, shares)
     return admitted
 
 
@@ -155,6 +178,9 @@ def _gate_params(study: Study, dim: int) -> GateParams | PlainParams:
             max_patients=privacy.max_patients,
             arithmetic=privacy.arithmetic,
             mode=training.mode,
+            terms_per_patient=study.contract.rows_per_patient if training.engine == "bookkeeping" else 1,
+            minimum=study.aggregation.minimum_hospitals,
+            clamp=study.aggregation.codec.range if training.mode == "shared-noise" else None,
         )
     except UsageError as error:
         raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error
@@ -185,11 +211,11 @@ def _check_arithmetic(study: Study) -> None:
         )
 
 
-def _check_codec(study: Study) -> None:
+def _check_codec(study: Study, shares: Sequence[int]) -> None:
     """The sum of no cohort may wrap. In ``local`` the noise is inside the value that the codec clamps."""
     rules, codec = study.aggregation, study.aggregation.codec
-    for cohort in range(rules.minimum_hospitals, len(study.members) + 1):
-        if not fits(cohort, codec.bits, codec.step, codec.range):
+    for at, cohort in enumerate(range(rules.minimum_hospitals, len(study.members) + 1)):
+        if not fits(cohort, codec.bits, codec.step, codec.range, shares[at] if shares else 0):
             raise _refusal(
                 "aggregation.codec.range",
                 f"the sum over {cohort} hospitals can overflow {codec.bits} bits: range / step is too large",

@@ -45,6 +45,7 @@ def run_params(manifest: Manifest, admitted: Admitted, roster: Roster, me: int) 
         rounds_max=aggregation.rounds_max,
         state_norm_bound=aggregation.state_norm_bound,
         expiry=manifest.study.expires,
+        noise=admitted.shares,
     )
 
 

@@ -144,23 +144,40 @@ Server: TypeAlias = FedAvg | FedAvgM | FedAdagrad | FedAdam | FedYogi
 class Training(_Table):
     """Rounds at the hub, optimiser ``steps`` at each hospital in a round.
 
-    ``sampling_rate`` is each patient's probability to take part in a step, 1 exactly for ``full``.
-    ``patients_public`` (n_pub) is the public constant by which a hospital's sums are divided; it need not be
-    the hospital's size, which is never used.
+    ``local``: each hospital descends by itself and adds full noise to every step. ``shared-noise``: one
+    clipped sum a round, each hospital adds its share of one noise, and the hub descends with
+    ``learning_rate``. ``sampling_rate`` is each patient's probability to take part in a step, 1 exactly for
+    ``full``. ``patients_public`` (n_pub) is the public constant by which a hospital's sums are divided; it
+    need not be the hospital's size, which is never used. The last of the models is the mean of the last
+    ``average_last`` iterates. ``engine`` computes the clipped sums; left out, it is the mode's usual one.
     """
 
-    mode: Literal["local"]
+    mode: Literal["local", "shared-noise"]
     rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
     steps: Annotated[int, Field(ge=1, le=10_000)]
     learning_rate: Measure
     sampling: Literal["full", "poisson"] = "full"
     sampling_rate: Annotated[float, Field(ge=1e-9, le=1)] = 1.0
     patients_public: Annotated[int, Field(ge=1, le=1_000_000_000)]
-    engine: Literal["opacus"] = "opacus"
+    average_last: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = 1
+    engine: Literal["opacus", "bookkeeping"]
     server: Annotated[Server, Field(discriminator="strategy")] = FedAvg(strategy="fedavg")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_engine(cls, data: object) -> object:
+        if isinstance(data, dict):
+            return {"engine": "bookkeeping" if data.get("mode") == "shared-noise" else "opacus"} | data
+        return data
+
     @model_validator(mode="after")
-    def _rate_fits_sampling(self) -> Self:
+    def _fields_agree(self) -> Self:
+        if self.average_last > self.rounds:
+            raise broken("average_last", "must be at most rounds")
+        if self.mode == "shared-noise" and self.steps != 1:
+            raise broken("steps", "must be 1 with shared noise: a round is one clipped sum")
+        if self.mode == "shared-noise" and self.engine != "bookkeeping":
+            raise broken("engine", "must be bookkeeping with shared noise")
         if self.sampling == "full" and self.sampling_rate != 1:
             raise broken("sampling_rate", "must be 1.0 for full sampling")
         if self.sampling == "poisson" and self.sampling_rate == 1:
@@ -210,7 +227,7 @@ class Aggregation(_Table):
     """
 
     minimum_hospitals: Annotated[int, Field(ge=3, le=MAX_MEMBERS)]
-    colluders: Annotated[int, Field(ge=1, le=MAX_MEMBERS)]
+    colluders: Annotated[int, Field(ge=0, le=MAX_MEMBERS)]
     rollbacks: Annotated[int, Field(ge=0, le=MAX_MEMBERS)]
     attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] = MAX_ATTEMPTS
     rounds_max: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
@@ -248,7 +265,10 @@ def defaults(n: int) -> tuple[int, int, int]:
 
 
 class Study(_Table):
-    """All parameters of a study. ``members``: site names; ``data``: the source's name in their policies."""
+    """All parameters of a study. ``members``: site names; ``data``: the source's name in their policies.
+
+    ``consents``: the members without whose word no model leaves the hub's circle; left out, all of them.
+    """
 
     name: Title
     purpose: Statement
@@ -257,6 +277,7 @@ class Study(_Table):
     permit: Line = ""
     expires: Annotated[str, AfterValidator(_minute)]
     members: Annotated[tuple[Name, ...], LISTED, Field(min_length=3, max_length=MAX_MEMBERS)]
+    consents: Annotated[tuple[Name, ...], LISTED, Field(max_length=MAX_MEMBERS)]
     data: Title
     contract: Contract
     model: Annotated[Model, Field(discriminator="kind")]
@@ -276,6 +297,9 @@ class Study(_Table):
         if isinstance(aggregation, dict):
             aggregation = _stated(aggregation, len(members), data.get("training"))
             data = data | {"aggregation": aggregation}
+        consents = data.get("consents", members)
+        if isinstance(consents, list | tuple) and all(isinstance(name, str) for name in consents):
+            data = data | {"consents": tuple(sorted(consents))}
         return data | {"members": tuple(sorted(members))}
 
     @model_validator(mode="after")
@@ -283,6 +307,8 @@ class Study(_Table):
         n, rules = len(self.members), self.aggregation
         if len(set(self.members)) != n:
             raise broken("members", "must name each hospital once")
+        if len(set(self.consents)) != len(self.consents) or not set(self.consents) <= set(self.members):
+            raise broken("consents", "must name members, each once")
         if rules.colluders > n - 2:
             raise broken("aggregation.colluders", "must leave two hospitals that do not collude")
         bound = minimum_hospitals_bound(n, rules.colluders, rules.rollbacks)
@@ -292,12 +318,24 @@ class Study(_Table):
             raise broken("aggregation.minimum_hospitals", f"must be {bound} to {n} for these members")
         if rules.rounds_max < self.training.rounds:
             raise broken("aggregation.rounds_max", "must be at least training.rounds")
-        if isinstance(self.privacy, DifferentialPrivacy):
-            if rules.codec.rounding == "dither":
-                raise broken("aggregation.codec.rounding", "must be nearest where noise is added")
-        elif self.training.sampling != "full":
-            raise broken("training.sampling", "must be full without differential privacy")
+        self._fit_privacy()
         return self
+
+    def _fit_privacy(self) -> None:
+        training, rules = self.training, self.aggregation
+        if not isinstance(self.privacy, DifferentialPrivacy):
+            if training.sampling != "full":
+                raise broken("training.sampling", "must be full without differential privacy")
+            if training.engine != "opacus":
+                raise broken("training.engine", "must be opacus without differential privacy")
+            return
+        if rules.codec.rounding == "dither":
+            raise broken("aggregation.codec.rounding", "must be nearest where noise is added")
+        if training.mode == "shared-noise":
+            if not rules.masked:
+                raise broken("aggregation.masks", "must be pairwise: one share of the noise hides nothing")
+            if self.privacy.grid_step != rules.codec.step:
+                raise broken("aggregation.codec.step", "must be privacy.grid_step with shared noise")
 
     @classmethod
     def from_toml(cls, text: str) -> Self:

@@ -45,6 +45,7 @@ STRATEGIES: Final[dict[str, tuple[type[flowers.FedAvg], dict[str, str], tuple[st
 
 _KEY: Final = "block"
 _ADVANCES: Final = "advances"
+_ITERATES: Final = "iterates"
 
 
 class ServerStep:
@@ -55,12 +56,20 @@ class ServerStep:
 
     def __init__(self, manifest: Manifest) -> None:
         study = manifest.study
+        training = study.training
+        shared = training.mode == "shared-noise"
+        # With shared noise what was summed are gradients, and the hub descends.
+        public = training.sampling_rate * training.patients_public
+        self._scale = training.learning_rate / public if shared else 1.0
+        self._averages_from = training.rounds - training.average_last + 1
+        self._rounds = training.rounds
         self._layout = layout(study.model, study.contract)
-        self._make, names, slots = STRATEGIES[study.training.server.strategy]
-        given = study.training.server.model_dump(exclude={"strategy"})
+        self._make, names, slots = STRATEGIES[training.server.strategy]
+        given = training.server.model_dump(exclude={"strategy"})
         self._options: dict[str, Any] = ONE_NODE | {names.get(name, name): x for name, x in given.items()}
         self._grid = MemoryGrid({STUB_NODE_ID: _silent})
         self._slots = {name: np.zeros(size(self._layout)) for name in slots}
+        self._iterates = np.zeros(size(self._layout) if training.average_last > 1 else 0)
         self.advances = 0
 
     def advance(self, state: State, total: Integers, step: float, cohort: int) -> State:
@@ -86,9 +95,9 @@ class ServerStep:
                 stop = min(at + BLOCK, tensor.size)
                 here = slice(start + at, start + stop)
                 current = old[at:stop].astype(np.float64)
-                moved = current + dequantise(total[here], step) / cohort
+                moved = current + dequantise(total[here], step) * self._scale / cohort
                 with np.errstate(over="ignore", invalid="ignore"):
-                    block = self._block(current, moved, here).astype(np.float32)
+                    block = self._averaged(self._block(current, moved, here), here).astype(np.float32)
                 # Adding +0 makes zeros positive, as they are in a stored state.
                 np.add(block, np.float32(0), out=result[here])
                 if not np.isfinite(block).all():
@@ -102,7 +111,7 @@ class ServerStep:
     def to_bytes(self) -> bytes:
         """All that is remembered between advances, as safetensors: for a checkpoint beside the model."""
         count = np.array([self.advances], dtype=np.float64)
-        return state_bytes({_ADVANCES: count, **self._slots}, self._remembered)
+        return state_bytes({_ADVANCES: count, **self._kept}, self._remembered)
 
     def restore(self, data: bytes) -> None:
         """Go on where ``to_bytes`` was made, for the same manifest.
@@ -115,12 +124,28 @@ class ServerStep:
         if not (advances >= 0 and advances.is_integer()):
             raise VerificationError("strategy.advances", "the number of advances is not a count")
         self.advances = int(advances)
-        self._slots = {name: np.array(value, dtype=np.float64) for name, value in values.items()}
+        found = {name: np.array(value, dtype=np.float64) for name, value in values.items()}
+        self._iterates = found.pop(_ITERATES, self._iterates)
+        self._slots = found
+
+    def _averaged(self, block: NDArray[np.float64], here: slice) -> NDArray[np.float64]:
+        """One block of the next model: the last one is the mean of the last iterates."""
+        if not self._iterates.size or self.advances < self._averages_from:
+            return block
+        self._iterates[here] += block
+        if self.advances < self._rounds:
+            return block
+        mean: NDArray[np.float64] = self._iterates[here] / (self._rounds - self._averages_from + 1)
+        return mean
 
     @property
     def _remembered(self) -> list[Tensor]:
-        slots = [Tensor(name, slot.shape, "float64") for name, slot in self._slots.items()]
+        slots = [Tensor(name, slot.shape, "float64") for name, slot in self._kept.items()]
         return [Tensor(_ADVANCES, (1,), "float64"), *slots]
+
+    @property
+    def _kept(self) -> dict[str, NDArray[np.float64]]:
+        return self._slots | ({_ITERATES: self._iterates} if self._iterates.size else {})
 
     def _block(
         self, current: NDArray[np.float64], moved: NDArray[np.float64], here: slice

@@ -73,6 +73,7 @@ _MAX_EXACT: Final = 2**53 - 1
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Minute = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z$")]
 DecimalText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,19})(\.[0-9]{0,39}[1-9])?$")]
 
@@ -90,6 +91,10 @@ OutcomeReason = Literal[
 
 def _frozen(fields: Mapping[str, str | int]) -> Mapping[str, str | int]:
     return MappingProxyType(dict(fields))
+
+
+def _frozen_texts(texts: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(texts))
 
 
 def _one_visible_line(reason: str) -> str:
@@ -244,6 +249,8 @@ class Outcome(_Leaf):
     """How a charged event ended: ``charged`` (spent) or ``released`` (spent, and the result left).
 
     Neither gives anything back. ``ctx`` is the context of the upload concerned, absent when none was made.
+    With shared noise ``upload_started`` states for how many hospitals, and with which variance: a round is
+    settled at the least noise of all its uploads (common.privacy.events.settled).
     """
 
     type: Literal["outcome"] = "outcome"
@@ -251,7 +258,50 @@ class Outcome(_Leaf):
     state: Literal["charged", "released"]
     attempt: Annotated[int, Field(ge=1, le=3)]
     ctx: Hex64 | None
+    u_size: Annotated[int | None, Field(alias="U_size", ge=3, le=MAX_ID)] = None
+    s_g_squared: Annotated[int | None, Field(ge=256, le=2**52)] = None
     reason: OutcomeReason
+
+
+class Closed(_Leaf):
+    """A study is over at this hospital: what it had not charged is not reserved any more."""
+
+    type: Literal["closed"] = "closed"
+    manifest: Hex64
+
+
+class Consent(_Leaf):
+    """A person's word that a study's model may leave the hub's circle, or that it may not after all."""
+
+    type: Literal["consent"] = "consent"
+    manifest: Hex64
+    decision: Literal["given", "withdrawn"]
+    reason: Words
+
+
+class OptOuts(_Leaf):
+    """The list of patients who are left out was found changed; ``digest`` is keyed by the site's secret."""
+
+    type: Literal["opt_outs"] = "opt_outs"
+    digest: Hex64
+
+
+class Override(_Leaf):
+    """What two officers of the hospital have signed against the rules of the register.
+
+    ``raise_caps`` begins a new claim over the whole history at the caps stated; ``reopen`` lets a register
+    be charged that was closed by a restore. ``size`` is the ledger's when they signed; ``signatures`` are
+    Ed25519 over common.ledger.overrides' bytes, hex, by officer key.
+    """
+
+    type: Literal["override"] = "override"
+    action: Literal["raise_caps", "reopen"]
+    register_id: Hex32
+    epsilon_t: DecimalText
+    epsilon_w: DecimalText
+    size: Annotated[int, Field(ge=1, le=_MAX_EXACT)]
+    reason: Words
+    signatures: Annotated[Mapping[KeyText, Hex128], AfterValidator(_frozen_texts), PlainSerializer(dict)]
 
 
 class Restored(_Leaf):
@@ -301,7 +351,19 @@ class Ended(_Leaf):
     status: Literal["done", "failed", "aborted", "denied"]
 
 
-SiteEntry = Opened | PolicyChange | Approval | Pause | Charge | Outcome | Restored
+SiteEntry = (
+    Opened
+    | PolicyChange
+    | Approval
+    | Pause
+    | Charge
+    | Outcome
+    | Closed
+    | Consent
+    | OptOuts
+    | Override
+    | Restored
+)
 HubEntry = Membership | Submission | Completed | Ended
 Entry = SiteEntry | HubEntry
 

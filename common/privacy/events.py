@@ -6,7 +6,7 @@ kind and refused for the others; a claim that can be recomputed (Delta_g, z_t, z
 the other fields give, so an event cannot state a privacy that its own noise does not have.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Annotated, Any, Final, Literal, Self
@@ -164,6 +164,30 @@ class Event(BaseModel):
     def with_state(self, state: State, reason: Reason = "") -> Self:
         """The same event in another state."""
         return type(self).from_fields({**self.to_fields(), "state": state, "reason": reason})
+
+
+def settled(event: Event, uploads: Sequence[tuple[int, int]]) -> Event:
+    """``event`` at the least noise of its uploads, each (U_size, s_g^2); itself in ``local`` or without any.
+
+    An attempt for another cohort has shares of another variance. Both z are then at most those of each.
+
+    Guarantee: a_round_is_settled_at_its_least_noise - in both views, whatever the cohorts.
+    """
+    if event.mode != "shared-noise" or not uploads:
+        return event
+    m = event.mechanism
+    u_size = max(size for size, _ in uploads)
+    whole = min((size - m.t) * variance for size, variance in uploads)
+    variance = min(whole // (u_size - m.t), *(variance for _, variance in uploads))
+    return Event.from_fields(
+        {
+            **event.to_fields(),
+            "U_size": u_size,
+            "s_g_squared": variance,
+            "z_t": clipping.z_threshold(variance, m.delta_g, u_size - m.t),
+            "z_w": clipping.z_worst(variance, m.delta_g),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,8 @@ class GateParams:
 
     ``clip_norm`` C and ``grid_step`` in units of the sum; ``dim`` coordinates; ``rate`` in (0, 1], 1 for
     ``full``; ``steps`` optimiser steps in a round; ``max_patients`` B; ``terms_per_patient`` as in
-    ``clipping.eta`` (rows of one patient, where a contraction adds them).
+    ``clipping.eta`` (rows of one patient, where a contraction adds them); ``clamp`` R, B C where it is not
+    given. With ``shared-noise`` a cohort has ``minimum`` hospitals at least, and a round one step.
 
     Raises: UsageError when any bound of PRIVACY.md does not hold.
     """
@@ -49,14 +50,14 @@ class GateParams:
     steps: int
     max_patients: int
     arithmetic: clipping.Arithmetic
-    mode: Literal["local"] = "local"
+    mode: Literal["local", "shared-noise"] = "local"
     terms_per_patient: int = 1
+    minimum: int = 1
+    clamp: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mode != "local":
-            raise UsageError(
-                "privacy.mode", f"mode {self.mode!r} has no gate yet", remedy='Use mode = "local".'
-            )
+        if self.mode not in ("local", "shared-noise") or (self.mode != "local" and self.steps != 1):
+            raise UsageError("privacy.mode", "the mode is unknown, or a round of shared noise has steps")
         if self.sampling not in ("full", "poisson") or self.arithmetic not in ("f64_bounded", "f32_assumed"):
             raise UsageError("privacy.gate", "sampling or arithmetic is unknown")
         rate = exact(self.rate)
@@ -69,7 +70,9 @@ class GateParams:
         clipping.check_grid(clip, step, self.dim)
         if self.max_patients * clip / step > _EXACT_INTEGERS:
             raise UsageError("privacy.grid-step", "sums leave the exact integers", remedy="Raise grid_step.")
-        _ = self.variance
+        _ = self.eta
+        if self.mode == "local":
+            _ = self.variance()
 
     @property
     def q(self) -> Fraction:
@@ -87,15 +90,17 @@ class GateParams:
         clip, step = exact(self.clip_norm), exact(self.grid_step)
         return clipping.grid_sensitivity(clip, step, self.dim, fraction_of(self.eta))
 
-    @property
-    def variance(self) -> int:
-        """s_g^2: variance of the integer noise on each coordinate, in squared grid units."""
-        return clipping.noise_variance(exact(self.noise_multiplier), self.delta_g)
+    def variance(self, sharers: int = 1) -> int:
+        """s_g^2: variance of one hospital's integer noise on each coordinate, in squared grid units.
+
+        ``sharers`` is |U| - t with ``shared-noise``, 1 in ``local``. Raises: UsageError out of bounds.
+        """
+        return clipping.noise_variance(exact(self.noise_multiplier), self.delta_g, sharers)
 
     @property
     def limit(self) -> float:
-        """R = B C: clamp of the coordinates of a sum."""
-        return self.max_patients * self.clip_norm
+        """R: clamp of the coordinates of a sum."""
+        return self.max_patients * self.clip_norm if self.clamp is None else self.clamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,10 @@ def plan_event(
     """The event to charge before round ``round`` (from 1) is computed, state ``charged``.
 
     ``register_id`` and ``event_id`` are 32 hex digits; ``manifest_digest`` 32 bytes or 64 hex digits;
-    reserved at the largest cohort, U_size = members. Raises: UsageError through ``Event``.
+    U_size = members. With shared noise the cohort is not known yet: it is charged at the least noise of all.
+
+    Guarantee: a_charge_covers_every_cohort - neither z is above that of any cohort the round may have.
+    Raises: UsageError through ``Event``.
     """
     fields: dict[str, str | int] = {
         "event_id": event_id,
@@ -137,6 +145,13 @@ def plan_event(
         "state": "charged",
     }
     if isinstance(params, GateParams):
+        sharers, variance = 1, params.variance() if params.mode == "local" else 0
+        if params.mode == "shared-noise":
+            sharers = members - t
+            shares = {u: params.variance(u - t) for u in range(params.minimum, members + 1)}
+            # One less, because settling rounds down again, for a smaller cohort.
+            whole = min((u - t) * share for u, share in shares.items())
+            variance = min(shares[members], whole // sharers - 1)
         fields |= {
             "kind": "sum",
             "mode": params.mode,
@@ -150,12 +165,12 @@ def plan_event(
             "arith": params.arithmetic,
             "noise": "integer",
             "Delta_g": params.delta_g,
-            "s_g_squared": params.variance,
+            "s_g_squared": variance,
             "members": members,
             "U_size": members,
             "t": t,
-            "z_t": clipping.z_threshold(params.variance, params.delta_g),
-            "z_w": clipping.z_worst(params.variance, params.delta_g),
+            "z_t": clipping.z_threshold(variance, params.delta_g, sharers),
+            "z_w": clipping.z_worst(variance, params.delta_g),
             "beta": BETA,
         }
     return Event.from_fields(fields)
@@ -193,7 +208,7 @@ class Release:
 
 
 class Gate(ABC):
-    """What training sees: coins, then a step, as often as the manifest says, then one release."""
+    """What training sees: coins, then a sum of clipped contributions, and at the end one release."""
 
     __slots__ = ("_dim", "_done", "_finished", "_steps")
 
@@ -206,10 +221,6 @@ class Gate(ABC):
     @abstractmethod
     def coins(self, n_patients: int) -> NDArray[np.bool_]:
         """Which of this hospital's patients take part in the next step, bool [n_patients]."""
-
-    @abstractmethod
-    def step(self, clipped_sum: Vector) -> Vector:
-        """Release one sum of clipped contributions, float64 [dim], to the optimiser."""
 
     def _check(self, vector: Vector, what: str) -> Vector:
         if self._finished:
@@ -224,6 +235,53 @@ class Gate(ABC):
         if self._done >= self._steps:
             raise RefusedError("privacy.gate-steps", f"the charged event has only {self._steps} steps")
         return self._check(vector, "sum")
+
+
+class _Tossing(Gate):
+    """A gate with differential privacy tosses one coin for each patient and step."""
+
+    __slots__ = ("_entropy", "_params", "_tossed")
+
+    def __init__(self, params: GateParams, entropy: Entropy) -> None:
+        super().__init__(params)
+        self._params = params
+        self._entropy = entropy
+        self._tossed = False
+
+    def coins(self, n_patients: int) -> NDArray[np.bool_]:
+        """One fresh coin per patient for the next step, bool [n_patients]; all True for full batches.
+
+        Raises: RefusedError for more patients than the public bound, or a second toss for one step.
+        """
+        if not 0 <= n_patients <= self._params.max_patients:
+            problem = "this hospital has more patients than the manifest's max_patients"
+            remedy = "Ask the coordinator for a study with a higher max_patients."
+            raise RefusedError("privacy.max-patients", problem, remedy=remedy)
+        if self._params.sampling == "full":
+            return np.ones(n_patients, dtype=np.bool_)
+        if self._tossed:
+            raise RefusedError("privacy.gate-coins", "the coins of this step have been tossed")
+        self._tossed = True
+        return coins(self._params.q, n_patients, self._entropy)
+
+    def _take(self, clipped_sum: Vector) -> Integers:
+        """Q of the next step. Raises RefusedError as ``step``."""
+        self._check_step(clipped_sum)
+        if self._params.sampling == "poisson" and not self._tossed:
+            raise RefusedError("privacy.gate-coins", "a Poisson step needs its coins first")
+        self._done += 1
+        self._tossed = False
+        return to_grid(self._params, clipped_sum)
+
+
+class SteppingGate(Gate):
+    """A gate whose steps come back to the optimiser, which the one release at the end is computed from."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def step(self, clipped_sum: Vector) -> Vector:
+        """Release one sum of clipped contributions, float64 [dim], to the optimiser."""
 
     def finish(self, delta: Vector, quantise: Quantise) -> Release:
         """Quantise ``delta`` (float64 [dim], computed from what ``step`` returned) and release it, once.
@@ -244,7 +302,7 @@ class Gate(ABC):
         return Release(q, token=_TOKEN)
 
 
-class LocalGate(Gate):
+class LocalGate(_Tossing, SteppingGate):
     """The gate of ``local``: full noise on every step, from one entropy source, for one round.
 
     ``entropy(n)`` gives n uniformly random bytes; product code passes os.urandom.
@@ -255,30 +313,13 @@ class LocalGate(Gate):
     coin fell, and no other (``clipping.clipped_sum`` makes such sums).
     """
 
-    __slots__ = ("_entropy", "_params", "_tossed", "_variance")
+    __slots__ = ("_variance",)
 
     def __init__(self, params: GateParams, entropy: Entropy) -> None:
-        super().__init__(params)
-        self._params = params
-        self._variance = params.variance
-        self._entropy = entropy
-        self._tossed = False
-
-    def coins(self, n_patients: int) -> NDArray[np.bool_]:
-        """One fresh coin per patient for the next step, bool [n_patients]; all True for full batches.
-
-        Raises: RefusedError for more patients than the public bound, or a second toss for one step.
-        """
-        if not 0 <= n_patients <= self._params.max_patients:
-            problem = "this hospital has more patients than the manifest's max_patients"
-            remedy = "Ask the coordinator for a study with a higher max_patients."
-            raise RefusedError("privacy.max-patients", problem, remedy=remedy)
-        if self._params.sampling == "full":
-            return np.ones(n_patients, dtype=np.bool_)
-        if self._tossed:
-            raise RefusedError("privacy.gate-coins", "the coins of this step have been tossed")
-        self._tossed = True
-        return coins(self._params.q, n_patients, self._entropy)
+        if params.mode != "local":
+            raise RefusedError("privacy.gate-mode", "this gate adds the noise of local alone")
+        super().__init__(params, entropy)
+        self._variance = params.variance()
 
     def step(self, clipped_sum: Vector) -> Vector:
         """Clamp, round to the grid, add noise; returns float64 [dim] in the units of the sum.
@@ -286,18 +327,34 @@ class LocalGate(Gate):
         Raises: RefusedError past the charged steps, before the coins of a Poisson step, for another
         shape or dtype, or a sum that is not finite (clipping makes finite sums whatever the rows).
         """
-        self._check_step(clipped_sum)
         params = self._params
-        if params.sampling == "poisson" and not self._tossed:
-            raise RefusedError("privacy.gate-coins", "a Poisson step needs its coins first")
-        self._done += 1
-        self._tossed = False
-        noisy = to_grid(params, clipped_sum) + discrete_gaussian(self._variance, params.dim, self._entropy)
+        noisy = self._take(clipped_sum) + discrete_gaussian(self._variance, params.dim, self._entropy)
         released: Vector = noisy.astype(np.float64) * params.grid_step
         return released
 
 
-class PlainGate(Gate):
+class SharedGate(_Tossing):
+    """The gate of ``shared-noise``: one sum a round. The hospital's share of the noise comes under the masks,
+    in ``common.secagg.site``, when the cohort that shares it is known.
+
+    Assumes: as ``LocalGate``; the release goes nowhere but to the secure sum, with its noise.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, params: GateParams, entropy: Entropy) -> None:
+        if params.mode != "shared-noise":
+            raise RefusedError("privacy.gate-mode", "this gate is for shared noise alone")
+        super().__init__(params, entropy)
+
+    def contribute(self, clipped_sum: Vector) -> Release:
+        """Clamp, round to the grid, release, once. Raises: RefusedError as ``LocalGate.step``."""
+        q = self._take(clipped_sum)
+        self._finished = True
+        return Release(q, token=_TOKEN)
+
+
+class PlainGate(SteppingGate):
     """The gate of a study without differential privacy: counts steps, adds nothing."""
 
     __slots__ = ()

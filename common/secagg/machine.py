@@ -11,6 +11,7 @@ from common.errors import RefusedError, VerificationError
 from common.secagg import records
 from common.secagg.codec import Words
 from common.secagg.masks import chunk_digests
+from common.secagg.noise import Sampler
 from common.secagg.params import RunParams, check_params, valid_minute
 from common.secagg.records import Record
 from common.secagg.state import RunState
@@ -21,7 +22,7 @@ R = TypeVar("R", bound=Record)
 class Machine:
     """The state of one hospital in one run, and how it changes; the arguments are told at ``Site``.
 
-    ``outsiders_only`` is the hospital's own policy and alone admits t = 0.
+    ``outsiders_only`` is the hospital's own policy and alone admits t = 0; ``sampler`` draws shared noise.
     """
 
     def __init__(
@@ -33,14 +34,18 @@ class Machine:
         sign: Callable[[bytes], bytes],
         state: RunState | None = None,
         outsiders_only: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         check_params(params, outsiders_only=outsiders_only)
+        if params.noise and sampler is None:
+            raise RefusedError("secagg.params.sampler", "this run shares noise, and there is no sampler")
         if params.me not in params.members:
             raise RefusedError("secagg.params.me", "this hospital is not a member of the run")
         self._params = params
         self._persist = persist
         self._entropy = entropy
         self._sign = sign
+        self._sampler = sampler
         self._state = state if state is not None else RunState(params.man, params.me)
         self._check_state()
         # In memory only, from Ready to Open (I13): lost with the process, and the round with them.
@@ -62,6 +67,7 @@ class Machine:
         entropy: Callable[[int], bytes],
         sign: Callable[[bytes], bytes],
         outsiders_only: bool = False,
+        sampler: Sampler | None = None,
     ) -> Self:
         """The machine again from its stored state, at ``now`` ("YYYY-MM-DDTHH:MMZ", local clock).
 
@@ -74,7 +80,13 @@ class Machine:
         Guarantee: an_expired_run_is_closed - at start as later.
         """
         site = cls(
-            params, persist=persist, entropy=entropy, sign=sign, state=state, outsiders_only=outsiders_only
+            params,
+            persist=persist,
+            entropy=entropy,
+            sign=sign,
+            state=state,
+            outsiders_only=outsiders_only,
+            sampler=sampler,
         )
         attempt, ctx = released
         known = state.header.ctx if state.header is not None else b""

@@ -30,7 +30,8 @@ class RunParams:
     vectors; ``bits`` 16 or 32; ``step``, ``range`` > 0 in units of a parameter; ``masked`` False only where
     the hub is to see every update; ``me`` own id, or HUB at the hub; ``members`` ascending ids 1..65535;
     ``keys`` raw Ed25519 protocol keys of at least all members; ``t`` colluders, ``m`` smallest cohort,
-    ``rho`` rollbacks; ``expiry`` "YYYY-MM-DDTHH:MMZ".
+    ``rho`` rollbacks; ``expiry`` "YYYY-MM-DDTHH:MMZ"; ``noise`` the variance of one hospital's share for each
+    size of a cohort from m to n, in squared grid units, or nothing where none is shared.
     """
 
     man: bytes
@@ -52,6 +53,11 @@ class RunParams:
     rounds_max: int
     state_norm_bound: float
     expiry: str
+    noise: tuple[int, ...] = ()
+
+    def noise_of(self, cohort: int) -> int:
+        """The variance of one share in a cohort of that size, 0 where no noise is shared."""
+        return self.noise[cohort - self.m] if self.noise else 0
 
     @property
     def layout(self) -> Layout:
@@ -121,7 +127,12 @@ def _rules(p: RunParams, lowest_t: int) -> Iterator[tuple[bool, str, str]]:
     yield _positive(p.step), "step", "step must be a finite number above 0"
     yield _positive(p.range), "range", "range must be a finite number above 0"
     yield _positive(p.state_norm_bound), "norm", "the state norm bound must be finite and above 0"
+    whole = type(p.noise) is tuple and all(_whole(v, 1, 1 << 52) for v in p.noise)
+    problem = "shared noise has a variance for each cohort, under masks, and no scalars"
+    told = not p.noise or (len(p.noise) == n - p.m + 1 and p.masked and not p.scalars)
+    yield whole and told, "noise", problem
     problem = f"{n} hospitals can overflow {p.bits} bits: range / step is too large"
-    yield all(fits(u, p.bits, p.step, p.range) for u in (p.m, n)), "overflow", problem
+    cohorts = range(p.m, n + 1) if p.noise else (p.m, n)
+    yield all(fits(u, p.bits, p.step, p.range, p.noise_of(u)) for u in cohorts), "overflow", problem
     minute = type(p.expiry) is str and valid_minute(p.expiry)
     yield minute, "expiry", "expiry must be YYYY-MM-DDTHH:MMZ"

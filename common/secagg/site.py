@@ -18,6 +18,7 @@ from common.secagg import keys, records
 from common.secagg.codec import SCALAR_BITS, Words, largest, to_words
 from common.secagg.joining import Joining
 from common.secagg.masks import chunk_digests, mask_payload, plain_payload
+from common.secagg.noise import with_noise
 from common.secagg.pairing import SEED_BYTES, fresh
 from common.secagg.records import Cohort, Open, OpenPlease, Ready, Result, RoundStart, Upload
 
@@ -132,7 +133,7 @@ class Site(Joining):
         return record
 
     def on_cohort(self, cohort: Cohort) -> Upload:
-        """R2 to R3: check the cohort, mask for it and keep the payload. Returns the header.
+        """R2 to R3: check the cohort, add this context's noise, mask and keep the payload. Returns the header.
 
         The cohort of the kept upload again gives the kept header again; payload() gives its bytes.
 
@@ -178,10 +179,13 @@ class Site(Joining):
         b = keys.self_seed(self._seed, ctx)
         accepted = set(state.accepted)
         pair_keys = {peer: key for peer, key in state.keys if peer in accepted}
+        words, scalars = self._vectors
+        if params.noise and self._sampler is not None:
+            words = with_noise(words, params.noise_of(len(ids)), self._seed, ctx, self._sampler)
         if params.masked:
-            payload = mask_payload(*self._vectors, pair_keys=pair_keys, ids=ids, me=state.me, b=b, ctx=ctx)
+            payload = mask_payload(words, scalars, pair_keys=pair_keys, ids=ids, me=state.me, b=b, ctx=ctx)
         else:
-            payload = plain_payload(*self._vectors)
+            payload = plain_payload(words, scalars)
         digests = chunk_digests(payload, params.layout)
         commit = keys.commitment(b, ctx, state.me)
         header = self._signed(Upload(state.me, ctx, commit, records.payload_digest(digests), digests))

@@ -1,7 +1,7 @@
-"""Training at one hospital: Opacus gives per-row gradients, the patient is the unit, the gate adds the noise.
+"""Training at one hospital: per-patient gradients are clipped and summed, the gate makes the release.
 
 Source: Abadi et al., arXiv 1607.00133 (DP-SGD); PRIVACY.md "The release gate"; Opacus 1.6
-(``GradSampleModule``, ``DPOptimizer``, ``ModuleValidator``).
+(``GradSampleModule``, ``DPOptimizer``, ``ModuleValidator``), or ``clipped_sum`` (book-keeping).
 Rules: all rows of a patient are summed before clipping; every trainable parameter is in the one optimizer;
 model, wrapper and optimizer are new in each call, so nothing crosses rounds but the released state; noise,
 coins and rounding are the gate's: no torch generator and no accountant of Opacus takes part; an empty batch
@@ -9,8 +9,10 @@ is a step like any other; normalisers are public constants. No size, value or co
 or the progress callback.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -24,8 +26,9 @@ from torch.nn.functional import cross_entropy
 
 from common.errors import FailureError, RefusedError
 from common.privacy.clipping import clip, sanitise, weight_limit
-from common.privacy.gate import Gate, LocalGate, PlainGate, Vector
+from common.privacy.gate import LocalGate, PlainGate, Release, SharedGate, SteppingGate, Vector
 from common.study import DifferentialPrivacy, Study
+from common.tasks.clipped_sum import clipped_sum
 from common.tasks.models import build
 from common.tasks.models.layout import Tensor, flatten, layout, size
 
@@ -59,7 +62,7 @@ class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         *,
         learning_rate: float,
         clip_norm: float | None,
-        gate: Gate,
+        gate: SteppingGate,
     ) -> None:
         parameters = dict(module.named_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -169,32 +172,99 @@ def train_local(
     classes = len(study.contract.label.classes)
     rows, patient_count = _by_patient(x, y, patient_index, classes)
     public = training.sampling_rate * training.patients_public
-    scale = public if clip_norm is not None else max(1, len(rows[1]))
+    rate = training.learning_rate / (public if clip_norm is not None else max(1, len(rows[1])))
 
     # Gradients are needed whatever mode the caller is in: without them Opacus' hooks capture nothing.
     with torch.enable_grad():
-        module = build(study.model, study.contract)
-        module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
-        errors = ModuleValidator.validate(module, strict=False)
-        if errors:
-            raise RefusedError("training.model", f"Opacus refuses the model: {type(errors[0]).__name__}")
-        wrapped = GradSampleModule(module, batch_first=True, loss_reduction="sum", strict=True)
-        optimizer = GatedOptimizer(
-            module,
-            tensors,
-            learning_rate=training.learning_rate / scale,
-            clip_norm=clip_norm,
-            gate=gate,
+        module = _module(state, study)
+        opacus = training.engine == "opacus"
+        step = (
+            _opacus(module, tensors, gate, rate, clip_norm)
+            if opacus
+            else _bookkeeping(module, study, gate, rate)
         )
-        piece_rows = max(1, PIECE_SIZE_BYTES // (8 * size(tensors)))
         for done in range(1, training.steps + 1):
             _check_norm(module, study)
             chosen = gate.coins(patient_count)
-            _step(wrapped, optimizer, rows, chosen, piece_rows)
+            step(_chosen(rows, chosen))
             progress(done, training.steps)
         end = flatten({name: p.detach().numpy() for name, p in module.named_parameters()}, tensors)
 
     return end - start
+
+
+def contribute(
+    state: Mapping[str, NDArray[np.float32]],
+    x: NDArray[np.float64],
+    y: NDArray[np.int64],
+    patient_index: NDArray[np.int64],
+    study: Study,
+    gate: SharedGate,
+) -> Release:
+    """One round of ``shared-noise`` at one hospital: the clipped sum of its patients' descent directions.
+
+    Arguments as of ``train_local``. The hub's step is ``learning_rate / (q n_pub)`` times the mean of the
+    hospitals' sums, so the sign is turned here: what is released is minus the gradients.
+
+    Guarantee: a_contribution_is_the_clipped_sum - that of a naive loop over patients, on the grid.
+    Raises: RefusedError as ``train_local``.
+    """
+    rows, patient_count = _by_patient(x, y, patient_index, len(study.contract.label.classes))
+    with torch.enable_grad():
+        module = _module(state, study)
+        _check_norm(module, study)
+        chosen = gate.coins(patient_count)
+        return gate.contribute(-_clipped(module, study, _chosen(rows, chosen)))
+
+
+def _module(state: Mapping[str, NDArray[np.float32]], study: Study) -> nn.Module:
+    """The model at a state, in the dtype in which the study's clipped sums are computed."""
+    module = build(study.model, study.contract)
+    module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+    return module
+
+
+def _clipped(module: nn.Module, study: Study, rows: Rows) -> Vector:
+    privacy = study.privacy
+    if not isinstance(privacy, DifferentialPrivacy):
+        raise RefusedError("training.engine", "book-keeping clips, and the study has no differential privacy")
+    if privacy.arithmetic == "f32_assumed":
+        module = copy.deepcopy(module).to(torch.float32)
+    x, y, patients = rows
+    inputs = torch.tensor(x, dtype=next(module.parameters()).dtype)
+    return clipped_sum(module, inputs, torch.tensor(y), patients, _losses, privacy.clip_norm)
+
+
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def _bookkeeping(module: nn.Module, study: Study, gate: SteppingGate, rate: float) -> Callable[[Rows], None]:
+    """A step on the book-keeping sum, descended by hand."""
+
+    def step(rows: Rows) -> None:
+        released = torch.from_numpy(gate.step(_clipped(module, study, rows)))
+        start = 0
+        with torch.no_grad():
+            for parameter in module.parameters():
+                part = released[start : start + parameter.numel()]
+                parameter.sub_(part.view_as(parameter), alpha=rate)
+                start += parameter.numel()
+
+    return step
+
+
+def _opacus(
+    module: nn.Module, tensors: Sequence[Tensor], gate: SteppingGate, rate: float, clip_norm: float | None
+) -> Callable[[Rows], None]:
+    """A step on the sum of Opacus' per-row gradients."""
+    errors = ModuleValidator.validate(module, strict=False)
+    if errors:
+        raise RefusedError("training.model", f"Opacus refuses the model: {type(errors[0]).__name__}")
+    wrapped = GradSampleModule(module, batch_first=True, loss_reduction="sum", strict=True)
+    optimizer = GatedOptimizer(module, tensors, learning_rate=rate, clip_norm=clip_norm, gate=gate)
+    piece_rows = max(1, PIECE_SIZE_BYTES // (8 * size(tensors)))
+    return partial(_step, wrapped, optimizer, piece_rows)
 
 
 def _check_norm(module: nn.Module, study: Study) -> None:
@@ -225,17 +295,16 @@ def _by_patient(
     return (x[order], y[order], dense[order].astype(np.int64)), len(patients)
 
 
-def _step(
-    wrapped: nn.Module,
-    optimizer: GatedOptimizer,
-    rows: Rows,
-    chosen: NDArray[np.bool_],
-    piece_rows: int,
-) -> None:
-    """One release: the chosen patients, in pieces of about ``piece_rows`` rows, then noise and descent."""
+def _chosen(rows: Rows, chosen: NDArray[np.bool_]) -> Rows:
+    """The rows of the patients whose coin fell."""
     x, y, patients = rows
     here = chosen[patients]
-    x, y, patients = x[here], y[here], patients[here]
+    return x[here], y[here], patients[here]
+
+
+def _step(wrapped: nn.Module, optimizer: GatedOptimizer, piece_rows: int, rows: Rows) -> None:
+    """One release of these rows, in pieces of about ``piece_rows`` rows, then noise and descent."""
+    x, y, patients = rows
     for begin, stop in _pieces(patients, piece_rows):
         _, local = np.unique(patients[begin:stop], return_inverse=True)
         # Hooks on a module none of whose inputs needs a gradient make torch warn.

@@ -19,7 +19,7 @@ from common.errors import UsageError
 from common.identity import key_text
 from common.privacy.clipping import weight_limit
 from common.privacy.events import Event
-from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams
+from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams, SharedGate
 from common.study import WITHOUT_MASKS, Manifest, Party, Study
 from common.tasks.models.layout import layout, layout_digest, size
 
@@ -68,7 +68,7 @@ def test_the_example_is_admitted() -> None:
     assert admitted.private
     assert isinstance(admitted.params, GateParams)
     assert admitted.params.delta_g == 2008
-    assert admitted.params.variance == 20**2 * 2008**2 + 8
+    assert admitted.params.variance() == 20**2 * 2008**2 + 8
 
 
 @pytest.mark.parametrize(
@@ -293,3 +293,39 @@ def test_what_is_kept_and_what_is_masked_changes_no_number() -> None:
         found = check(manifest(aggregation=aggregation), None)
         assert found.manifest_digest != plain.manifest_digest
         assert (found.params, found.codec, found.dim) == (plain.params, plain.codec, plain.dim)
+
+
+def shared(z: float = 20.0, **codec: object) -> Manifest:
+    step = EXAMPLE["privacy"]["grid_step"]
+    return manifest(
+        training={"mode": "shared-noise", "steps": 1, "engine": "bookkeeping"},
+        privacy={"noise_multiplier": z},
+        codec={"step": step, "range": 40.0, **codec},
+    )
+
+
+def test_a_study_with_shared_noise_is_admitted() -> None:
+    admitted = check(shared(), None)
+    assert admitted.shared
+    assert isinstance(admitted.params, GateParams)
+    assert isinstance(admitted.shared_gate(os.urandom), SharedGate)
+    assert admitted.params.limit == 40.0
+    # n = 4, m = 3, t = 1: shares among 2 and among 3.
+    assert admitted.shares == (admitted.params.variance(2), admitted.params.variance(3))
+    event = admitted.event(REGISTER, 1, 1, EVENT)
+    assert (event.mode, event.u_size, event.t) == ("shared-noise", 4, 1)
+    assert float(event.mechanism.z_t) == pytest.approx(20.0, rel=1e-5)
+    assert float(event.mechanism.z_w) == pytest.approx(20.0 / math.sqrt(3), rel=1e-5)
+    plain = check(manifest(), None)
+    assert plain.shares == ()
+    assert not plain.shared
+
+
+def test_shared_noise_must_fit_the_codec_and_the_sampler() -> None:
+    # Delta_g = 2008: 80 000 steps of range and 12 s sqrt(u) beside it, in words of 16 bits: refused.
+    assert refusal(shared(bits=16)) == "study.aggregation.codec.range"
+    assert refusal(shared(z=0.01)) == "study.privacy.noise_multiplier"
+    assert refusal(shared(z=1e5)) == "study.privacy.noise_multiplier"
+    naive = 2**31 - 4 * (80_000 + 1)
+    edge = naive / (12 * math.sqrt(4)) * math.sqrt(3) / 2008
+    assert check(shared(z=min(edge * 0.999, 2.0**26 * math.sqrt(2) / 2008 * 0.999)), None).shared

@@ -377,3 +377,56 @@ def test_altered_manifests_are_refused() -> None:
 def test_only_the_named_coordinator_signs() -> None:
     with pytest.raises(VerificationError, match="another coordinator"):
         SignedManifest.sign(manifest(), HUB)
+
+
+SHARED = {
+    "training.mode": "shared-noise",
+    "training.steps": 1,
+    "training.engine": "bookkeeping",
+    "aggregation.codec.step": 0.0005,
+}
+
+
+def shared(**changes: Any) -> dict[str, Any]:
+    study = plain()
+    for path, value in (SHARED | {key.replace("__", "."): value for key, value in changes.items()}).items():
+        *parents, last = path.split(".")
+        table: Any = study
+        for part in parents:
+            table = table[part]
+        if value is None:
+            table.pop(last, None)
+        else:
+            table[last] = value
+    return study
+
+
+def test_shared_noise_has_an_engine_a_step_and_a_grid_of_its_own() -> None:
+    study = Study.from_toml(toml(shared(training__engine=None)))
+    assert (study.training.engine, study.training.steps) == ("bookkeeping", 1)
+    assert Study.from_toml(toml(changed("training.engine"))).training.engine == "opacus"
+    assert Study.from_toml(toml(changed("training.engine", "bookkeeping"))).training.engine == "bookkeeping"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"training__steps": 2}, "training.steps"),
+        ({"training__engine": "opacus"}, "training.engine"),
+        ({"aggregation__codec__step": 0.001}, "aggregation.codec.step"),
+        ({"aggregation__masks": "none_hub_sees_every_update"}, "aggregation.masks"),
+        ({"privacy": {"kind": "without_differential_privacy"}}, "training.engine"),
+    ],
+)
+def test_shared_noise_stands_on_masks_clipping_and_one_grid(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Study.from_toml(toml(shared(**change)))
+    assert caught.value.code == f"study.{told}"
+
+
+def test_consents_are_those_of_all_members_unless_stated() -> None:
+    study = Study.from_toml(TEXT)
+    assert study.consents == study.members
+    assert Study.from_toml(toml(changed("consents", []))).consents == ()
+    some = sorted(study.members)[:2]
+    assert Study.from_toml(toml(changed("consents", some[::-1]))).consents == tuple(some)

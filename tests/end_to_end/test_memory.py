@@ -23,7 +23,8 @@ from server.memory import MemoryGrid
 from server.processes import Processes
 from server.store import Store, StudyRow
 from tests.client import federation as in_process
-from tests.federation import Federation, small_study
+from tests.federation import Federation, contribution, small_study
+from tests.noise import FALSE_ALARM, chi_squared
 
 WITHOUT_DP: dict[str, Any] = {"kind": "without_differential_privacy"}
 ALLOWED = {"allow_studies_without_differential_privacy": True}
@@ -180,3 +181,42 @@ def test_dither_moves_each_number_by_less_than_a_step(
     assert (exact - 1e-6 < high).all()
     # Three hospitals' numbers of six parameters: none of them lies on the grid.
     assert np.allclose(high - low, 0.01, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("here")
+def test_shared_noise_is_gradient_descent_with_one_noise(tmp_path: Path) -> None:
+    rounds, rate, public, step, z = 12, 2.0, 20, 0.001, 8.0
+    found = Study(tmp_path).models(
+        privacy={
+            "kind": "dp",
+            "clip_norm": 1.0,
+            "grid_step": step,
+            "noise_multiplier": z,
+            "max_patients": 1000,
+        },
+        training__mode="shared-noise",
+        training__engine="bookkeeping",
+        training__steps=1,
+        training__rounds=rounds,
+        training__learning_rate=rate,
+        training__average_last=4,
+        training__server={"strategy": "fedavg"},
+        aggregation__codec__step=step,
+    )
+    iterates = [np.zeros(6), *map(in_order, found)]
+    # The model after the last round is the mean of the last four iterates, its own among them.
+    iterates[-1] = 4 * iterates[-1] - sum(iterates[-4:-1])
+    noise = []
+    for before, after, model in zip(iterates[:-1], iterates[1:], [b"", *found[:-1]], strict=True):
+        total = sum(contribution(site, model) for site in (1, 2, 3))
+        noise.append((after - before) * 3 * public / rate - total)
+    share = (z * 1000 * step) ** 2 / 2
+    assert chi_squared(np.concatenate(noise), 3 * share) > FALSE_ALARM
+    # As if one hospital alone had added its share.
+    assert chi_squared(np.concatenate(noise), share) < FALSE_ALARM
+
+
+def in_order(model: bytes) -> NDArray[np.float64]:
+    """Weights, then biases."""
+    tensors = load(model)
+    return np.concatenate([tensors[name].ravel().astype(np.float64) for name in ("weight", "bias")])

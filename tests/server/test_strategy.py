@@ -35,17 +35,15 @@ SERVERS: dict[str, dict[str, Any]] = {
 every_server = pytest.mark.parametrize("name", SERVERS)
 
 
-def manifest_of(name: str = "fedavg", hidden: tuple[int, ...] = (4,)) -> Manifest:
+def manifest_of(name: str = "fedavg", hidden: tuple[int, ...] = (4,), **changes: Any) -> Manifest:
     """A study with that server; the model has 2 x 4 + 4 + 4 x 2 + 2 = 22 parameters."""
     members = ["A", "B", "C"]
-    parsed = Study.model_validate(
-        small_study(
-            members,
-            model={"kind": "mlp", "hidden": list(hidden)},
-            privacy={"kind": "without_differential_privacy"},
-            training__server={"strategy": name.split()[0]} | SERVERS[name],
-        )
-    )
+    given: dict[str, Any] = {
+        "model": {"kind": "mlp", "hidden": list(hidden)},
+        "privacy": {"kind": "without_differential_privacy"},
+        "training__server": {"strategy": name.split()[0]} | SERVERS[name],
+    }
+    parsed = Study.model_validate(small_study(members, **given | changes))
     return Manifest(
         schema=1,
         run="ab" * 16,
@@ -279,3 +277,50 @@ def test_foreign_bytes_are_not_restored(name: str) -> None:
 
 def test_flower_does_not_narrate() -> None:
     assert logging.getLogger("flwr").level == logging.WARNING
+
+
+SHARED: dict[str, Any] = {
+    "privacy": {
+        "kind": "dp",
+        "clip_norm": 1.0,
+        "grid_step": STEP,
+        "noise_multiplier": 8.0,
+        "max_patients": 1000,
+        "arithmetic": "f32_assumed",
+    },
+    "training__mode": "shared-noise",
+    "training__engine": "bookkeeping",
+    "training__learning_rate": 3.0,
+    "training__sampling": "poisson",
+    "training__sampling_rate": 0.5,
+    "aggregation__codec": {"bits": 32, "step": STEP, "range": 100.0},
+}
+
+
+def test_with_shared_noise_the_hub_descends() -> None:
+    manifest = manifest_of(**SHARED)
+    (total,) = totals(22, 1)
+    state = initial_state(manifest)
+    tensors = layout(manifest.study.model, manifest.study.contract)
+    found = flatten(ServerStep(manifest).advance(state, total, STEP, COHORT), tensors)
+    # The rate over q n_pub = 0.5 * 20, times the mean of three hospitals' sums.
+    naive = flatten(state, tensors) + 3.0 / 10.0 * total * STEP / 3
+    assert np.allclose(found, naive, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rounds", "last"), [(5, 1), (5, 2), (5, 5), (1, 1)])
+@every_server
+def test_the_last_model_is_the_mean_of_the_last_iterates(name: str, rounds: int, last: int) -> None:
+    manifest = manifest_of(name, training__rounds=rounds, training__average_last=last)
+    tensors = layout(manifest.study.model, manifest.study.contract)
+    sums = totals(22, rounds)
+    iterates = [flatten(state, tensors) for state in whole_strategy(name, manifest, sums)]
+    step, state = ServerStep(manifest), initial_state(manifest)
+    for number, total in enumerate(sums, start=1):
+        state = step.advance(state, total, STEP, COHORT)
+        if number < rounds:
+            assert (flatten(state, tensors) == iterates[number - 1]).all()
+            saved = step.to_bytes()
+            step = ServerStep(manifest)
+            step.restore(saved)
+    assert np.allclose(flatten(state, tensors), np.mean(iterates[-last:], axis=0), rtol=1e-6, atol=1e-9)

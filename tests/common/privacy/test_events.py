@@ -1,16 +1,20 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from common.encoding import canonical_json
 from common.errors import UsageError
 from common.privacy import clipping
-from common.privacy.events import BETA, Event
-from common.privacy.gate import PlainParams, plan_event
+from common.privacy.decimals import fraction_of
+from common.privacy.events import BETA, Event, settled
+from common.privacy.gate import GateParams, PlainParams, plan_event
 
 MakeEvent = Callable[..., Event]
 COMMON = {
@@ -214,3 +218,60 @@ def test_states_change_and_nothing_else(make_event: MakeEvent) -> None:
         event.with_state("free")  # type: ignore[arg-type]
     with pytest.raises(ValidationError):
         event.state = "reserved"  # type: ignore[misc]
+
+
+SHARED = GateParams(
+    1.0, 0.0005, 31, 0.7, "full", 1.0, 1, 1000, "f64_bounded", mode="shared-noise", minimum=7, clamp=50.0
+)
+
+
+def planned(members: int = 10, t: int = 2, params: GateParams = SHARED) -> Event:
+    return plan_event(params, "ab" * 16, "cd" * 32, "training", 1, 1, members, t, "ef" * 16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    z=st.floats(0.05, 50.0),
+    t=st.integers(1, 5),
+    sizes=st.lists(st.integers(7, 10), min_size=1, max_size=3),
+    members=st.integers(10, 13),
+)
+def test_a_round_is_settled_at_its_least_noise(z: float, t: int, sizes: list[int], members: int) -> None:
+    params = replace(SHARED, noise_multiplier=z)
+    event = planned(members, t, params)
+    uploads = [(size, params.variance(size - t)) for size in sizes]
+    found = settled(event, uploads)
+    naive = [
+        (
+            math.sqrt((u - t) * variance - 4) / event.mechanism.delta_g,
+            math.sqrt(variance - 4) / event.mechanism.delta_g,
+        )
+        for u, variance in uploads
+    ]
+    assert found.u_size == max(sizes)
+    for view, least in enumerate(map(min, zip(*naive, strict=True))):
+        z = float(found.mechanism.z("w" if view else "t"))
+        assert z * (1 - 1e-12) <= least <= z * 1.005
+    assert settled(found, uploads) == found == settled(event, [*uploads, *reversed(uploads)])
+    # What was charged before the cohort was known is never less than what it is settled at.
+    assert event.mechanism.z_t <= found.mechanism.z_t
+    assert event.mechanism.z_w <= found.mechanism.z_w
+
+
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("z", [0.05, 0.7, 30.0])
+def test_a_charge_covers_every_cohort(z: float, t: int) -> None:
+    params = replace(SHARED, noise_multiplier=z)
+    charge = planned(12, t, params).mechanism
+    for u in range(7, 13):
+        variance = params.variance(u - t)
+        assert charge.z_t <= fraction_of(clipping.z_threshold(variance, charge.delta_g, u - t))
+        assert charge.z_w <= fraction_of(clipping.z_worst(variance, charge.delta_g))
+    assert float(charge.z_t) >= z * 0.995
+    assert charge.u_size == charge.members == 12
+
+
+def test_local_rounds_and_rounds_without_upload_are_not_settled(make_event: MakeEvent) -> None:
+    local = make_event()
+    assert settled(local, [(3, 900)]) is local
+    assert settled(planned(), []) == planned()

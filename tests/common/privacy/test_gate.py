@@ -14,7 +14,16 @@ import pytest
 import common.privacy
 from common.errors import FailureError, RefusedError, UsageError
 from common.privacy.decimals import fraction_of
-from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams, Release, plan_event, to_grid
+from common.privacy.gate import (
+    GateParams,
+    LocalGate,
+    PlainGate,
+    PlainParams,
+    Release,
+    SharedGate,
+    plan_event,
+    to_grid,
+)
 from common.privacy.noise import coins, discrete_gaussian
 
 Sources = Callable[[int], Callable[[int], bytes]]
@@ -31,7 +40,7 @@ def test_every_step_is_noised(entropy: Sources) -> None:
     gate = LocalGate(PARAMS, entropy(1))
     again = entropy(1)
     for total in (ZEROS, np.array([1.0, -2.0, 0.00026, 1e300, -1e300])):
-        noise = discrete_gaussian(PARAMS.variance, 5, again)
+        noise = discrete_gaussian(PARAMS.variance(), 5, again)
         rounded = np.rint(np.clip(total, -1000.0, 1000.0) / 0.0005)
         before = total.copy()
         assert np.array_equal(gate.step(total), (rounded + noise) * 0.0005)
@@ -159,7 +168,7 @@ def test_coins_fall_once_before_each_poisson_step(entropy: Sources) -> None:
         with pytest.raises(RefusedError, match="have been tossed"):
             gate.coins(40)
         gate.step(ZEROS)
-        discrete_gaussian(SAMPLED.variance, 5, again)
+        discrete_gaussian(SAMPLED.variance(), 5, again)
 
 
 def test_full_batches_take_everyone_without_entropy() -> None:
@@ -233,7 +242,7 @@ def test_the_plan_is_the_gate(entropy: Sources) -> None:
     assert event.manifest_digest == "07" * 32
     assert (mechanism.q, mechanism.steps, mechanism.dim) == (Fraction(3, 10), 3, 5)
     assert (mechanism.u_size, mechanism.members, mechanism.t) == (9, 9, 2)
-    assert mechanism.s_g_squared == SAMPLED.variance
+    assert mechanism.s_g_squared == SAMPLED.variance()
     assert mechanism.delta_g == SAMPLED.delta_g
     assert mechanism.z_t == mechanism.z_w >= 4
     assert fraction_of(SAMPLED.eta) >= Fraction(2048 * 1000 * 1000, 2**53)
@@ -264,3 +273,42 @@ def test_no_seed_path_and_no_clock() -> None:
                 assert node.attr not in {"random", "default_rng"}, path
             elif isinstance(node, ast.Name):
                 assert node.id != "open", path
+
+
+SHARED = replace(PARAMS, mode="shared-noise", steps=1, minimum=3, clamp=2.0)
+
+
+def test_a_shared_gate_releases_one_sum_without_noise(entropy: Sources) -> None:
+    gate = SharedGate(SHARED, entropy(1))
+    assert gate.coins(3).tolist() == [True] * 3
+    release = gate.contribute(np.array([1.0, -0.00026, 0.0, 5.0, -5.0]))
+    # The share comes under the masks; the clamp R is the codec's.
+    assert release.q.tolist() == [2000, -1, 0, 4000, -4000]
+    with pytest.raises(RefusedError, match="only 1 steps"):
+        gate.contribute(ZEROS)
+
+
+def test_a_shared_gate_takes_what_every_gate_takes(entropy: Sources) -> None:
+    for wrong in (np.zeros(4), np.zeros(5, dtype=np.float32), np.full(5, np.nan), [0.0] * 5):
+        with pytest.raises(RefusedError):
+            SharedGate(SHARED, entropy(0)).contribute(wrong)  # type: ignore[arg-type]
+    with pytest.raises(RefusedError, match="coins first"):
+        SharedGate(replace(SHARED, sampling="poisson", rate=0.3), entropy(0)).contribute(ZEROS)
+    with pytest.raises(RefusedError, match="max_patients"):
+        SharedGate(SHARED, entropy(0)).coins(1001)
+
+
+def test_a_gate_serves_its_own_mode_alone(entropy: Sources) -> None:
+    with pytest.raises(RefusedError, match="local alone"):
+        LocalGate(SHARED, entropy(0))
+    with pytest.raises(RefusedError, match="shared noise alone"):
+        SharedGate(PARAMS, entropy(0))
+    for wrong in ({"mode": "central"}, {"mode": "shared-noise", "steps": 2}):
+        with pytest.raises(UsageError, match="mode"):
+            replace(PARAMS, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_share_is_the_noise_divided_among_the_honest() -> None:
+    z, delta_g = Fraction(4), SHARED.delta_g
+    for sharers in range(2, 9):
+        assert SHARED.variance(sharers) == math.ceil((z**2 * delta_g**2 + 4) / sharers) + 4

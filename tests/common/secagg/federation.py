@@ -10,6 +10,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from common.privacy.noise import discrete_gaussian
 from common.secagg.hub import HubRound, HubSetup, Setup
 from common.secagg.params import HUB, RunParams, smallest_cohort
 from common.secagg.records import Cohort, Ready, Upload, state_digest
@@ -109,6 +110,7 @@ class Federation:
             entropy=self.entropy[i],
             sign=signing_key(f"site {i}").sign,
             state=state,
+            sampler=discrete_gaussian,
         )
 
     def restart(
@@ -130,6 +132,7 @@ class Federation:
             persist=self.disks[i],
             entropy=self.entropy[i],
             sign=signing_key(f"site {i}").sign,
+            sampler=discrete_gaussian,
         )
         return self.sites[i]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from common.errors import RefusedError
+from common.privacy.noise import discrete_gaussian
 from common.secagg.params import check_params, smallest_cohort
 from common.secagg.site import Site
 from tests.common.secagg.federation import Counter, Disk, make_params, public, signing_key
@@ -45,6 +46,7 @@ def test_the_split_attack_on_six_with_two_colluders_is_refused() -> None:
 
 
 GOOD = make_params(6, 1)
+NOISE = (900, 800)
 BOUNDS: list[tuple[dict[str, Any], str]] = [
     ({"man": bytes(31)}, "manifest digest"),
     ({"man": bytes(33)}, "manifest digest"),
@@ -99,10 +101,31 @@ BOUNDS: list[tuple[dict[str, Any], str]] = [
     ({"state_norm_bound": math.nan}, "norm"),
     ({"step": 1e-7}, "overflow 32 bits"),
     ({"bits": 16, "step": 0.1}, "overflow 16 bits"),
+    ({"scalars": 0, "noise": NOISE[1:]}, "shared noise"),
+    ({"scalars": 0, "noise": (*NOISE, 700)}, "shared noise"),
+    ({"scalars": 0, "noise": (0, *NOISE[1:])}, "shared noise"),
+    ({"scalars": 0, "noise": (900.0, *NOISE[1:])}, "shared noise"),
+    ({"scalars": 0, "noise": list(NOISE)}, "shared noise"),
+    ({"scalars": 0, "noise": NOISE, "masked": False}, "shared noise"),
+    ({"noise": NOISE}, "shared noise"),
+    ({"scalars": 0, "noise": ((1 << 52) + 1, *NOISE[1:])}, "shared noise"),
+    ({"scalars": 0, "noise": (900, 1 << 22), "bits": 16, "range": 1.0}, "overflow 16 bits"),
     ({"expiry": "2031-01-01"}, "expiry"),
     ({"expiry": "2031-01-01T00:00Z\n"}, "expiry"),
     ({"expiry": None}, "expiry"),
 ]
+
+
+def test_shared_noise_needs_a_sampler() -> None:
+    params = dataclasses.replace(GOOD, scalars=0, noise=NOISE)
+    check_params(params)
+    sign = signing_key("site 1").sign
+    arguments: dict[str, Any] = {"persist": Disk(), "entropy": Counter("x"), "sign": sign}
+    with pytest.raises(RefusedError, match="no sampler"):
+        Site(params, **arguments)
+    Site(params, sampler=discrete_gaussian, **arguments)
+    assert [params.noise_of(size) for size in range(params.m, 7)] == list(NOISE)
+    assert GOOD.noise_of(5) == 0
 
 
 @pytest.mark.parametrize(("change", "match"), BOUNDS)

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,12 +13,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from common.errors import FailureError, RefusedError
-from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams, to_grid
+from common.privacy.gate import GateParams, LocalGate, PlainGate, PlainParams, SharedGate, to_grid
+from common.privacy.noise import coins
 from common.study import Study
 from common.tasks import training
 from common.tasks.models import build
 from common.tasks.models.layout import Tensor, layout, size
-from common.tasks.training import GatedOptimizer, train_local
+from common.tasks.training import GatedOptimizer, contribute, train_local
 
 torch.set_num_threads(1)
 WIDTH = 3
@@ -696,3 +698,63 @@ def test_weights_past_the_arithmetic_bound_are_refused_before_any_step(monkeypat
     with pytest.raises(FailureError, match="weights"):
         train(study, make_rows(0, [1] * 5), gate)
     assert gate.sums == []
+
+
+def with_engine(study, **training):
+    """The same study computed by book-keeping."""
+    changed = {"engine": "bookkeeping"} | training
+    return study.model_copy(update={"training": study.training.model_copy(update=changed)})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=counts_of_patients,
+    model=st.sampled_from(MODELS),
+    seed=st.integers(0, 10**6),
+    sampled=st.booleans(),
+    steps=st.integers(1, 3),
+)
+def test_both_engines_of_local_agree(counts, model, seed, sampled, steps):
+    hidden, activation = model
+    study = make_study(
+        rate=0.5 if sampled else 1.0,
+        clip=0.5,
+        steps=steps,
+        hidden=hidden,
+        activation=activation or "relu",
+        learning_rate=0.01,
+    )
+    rows, state = make_rows(seed, counts), make_state(hidden=hidden)
+    # float32 rounds a sum by as much as the grid does, so that the same coins and noise give near iterates.
+    limit = 1e-4 if hidden else 1e-12
+    gates = [make_gate(study, seed) for _ in range(2)]
+    deltas = [train(with_engine(study) if i else study, rows, gate, state) for i, gate in enumerate(gates)]
+    assert [c.tolist() for c in gates[0].chosen] == [c.tolist() for c in gates[1].chosen]
+    assert np.abs(gates[0].sums[0] - gates[1].sums[0]).max() <= limit * max(1, len(counts))
+    assert np.abs(deltas[0] - deltas[1]).max() <= 0.01 * (limit + study.privacy.grid_step) * 10 * steps
+
+
+@settings(max_examples=40, deadline=None)
+@given(counts=counts_of_patients, seed=st.integers(0, 10**6), sampled=st.booleans())
+def test_a_contribution_is_the_clipped_sum(counts, seed, sampled):
+    study = with_engine(make_study(rate=0.5 if sampled else 1.0, clip=0.5), mode="shared-noise", steps=1)
+    rows, state = make_rows(seed, counts), make_state()
+    params = replace(gate_params(study), mode="shared-noise", steps=1, clamp=50.0)
+    gate = SharedGate(params, seeded(seed))
+    chosen = None if not sampled else coins(params.q, len(counts), seeded(seed))
+    release = contribute(state, *rows, study, gate)
+    expected = naive_sum(flat(state), *rows, 0.5, chosen)
+    assert np.abs(release.q + expected / params.grid_step).max() <= 0.5 + 1e-6
+
+
+def test_a_shared_round_takes_what_training_takes():
+    study = with_engine(make_study(learning_rate=2.0), mode="shared-noise", steps=1)
+    rows = make_rows(1, [2, 3])
+    params = replace(gate_params(study), mode="shared-noise", steps=1, clamp=50.0)
+    far = {name: np.full_like(value, 1e9) for name, value in make_state().items()}
+    with pytest.raises(FailureError, match="grown past"):
+        contribute(far, *rows, study, SharedGate(params, seeded(1)))
+    rows[0][rows[2] == rows[2][0]] = np.nan
+    expected = naive_sum(flat(make_state()), *rows, 1.0)
+    q = contribute(make_state(), *rows, study, SharedGate(params, seeded(1))).q
+    assert np.abs(q + expected / params.grid_step).max() <= 0.5 + 1e-6
