@@ -404,6 +404,9 @@ def shared(**changes: Any) -> dict[str, Any]:
 def test_shared_noise_has_an_engine_a_step_and_a_grid_of_its_own() -> None:
     study = Study.from_toml(toml(shared(training__engine=None)))
     assert (study.training.engine, study.training.steps) == ("bookkeeping", 1)
+    assert (study.training.rounds, study.training.average_last) == (10, 5)
+    assert Study.from_toml(toml(shared(training__average_last=3))).training.average_last == 3
+    assert Study.from_toml(TEXT).training.average_last == 1
     assert Study.from_toml(toml(changed("training.engine"))).training.engine == "opacus"
     assert Study.from_toml(toml(changed("training.engine", "bookkeeping"))).training.engine == "bookkeeping"
 
