@@ -31,6 +31,7 @@ from common.errors import FailureError, UsageError, VerificationError, Wardround
 from common.identity import key_text, name_problem, public_key, read_private_pem, sync_folder
 from common.ledger import entries as leaves
 from common.ledger.entries import Approval, Charge, Entry, Opened, Outcome, Pause, Restored
+from common.ledger.overrides import standing
 from common.ledger.store import Head, Ledger
 from common.privacy.events import Event
 from common.privacy.filter import rounds_left
@@ -254,11 +255,11 @@ def closing_of(entries: Sequence[Entry], studies: Mapping[str, bytes], now: date
     takes no charge any more; what it spent is not known here, and the register is closed all the same.
     """
     pauses = [entry.decision for entry in entries if isinstance(entry, Pause)]
-    charged = pauses[-1:] != ["paused"] and not any(isinstance(entry, Restored) for entry in entries)
-    opened = next((entry for entry in entries if isinstance(entry, Opened)), None)
-    if opened is None:
+    charged = pauses[-1:] != ["paused"]
+    if not any(isinstance(entry, Opened) for entry in entries):
         return Closing((), charged)
-    cap = cap_of(opened)
+    opened = standing(entries)
+    cap, charged = cap_of(opened), charged and not opened.closed
     history = [Event.from_fields(fields) for fields in leaves.events(entries, opened.register_id)]
     past = len(history)
     # A charge without differential privacy ends all others, so those with it come first.

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from client import overrides
 from client.approval import offered, review, summary
 from client.backup import Closing, check_empty, pack, read_backup
 from client.evidence import collect
@@ -27,6 +28,9 @@ from common.errors import RefusedError, UsageError
 app = typer.Typer(
     help="Join a federation, approve studies, run the agent, see the budget.", no_args_is_help=True
 )
+
+app.add_typer(overrides.app, name="override")
+app.command("officer")(overrides.officer)
 
 SiteFolder = Annotated[Path, typer.Option("--home", help="The site's folder.", file_okay=False)]
 By = Annotated[str, typer.Option(help="Who decides; written into the ledger with the reason.")]
@@ -214,6 +218,28 @@ def _run_agent(site: SiteHome, once: bool) -> Outcome:
 
 @app.command()
 @command
+def consent(
+    home: SiteFolder,
+    digest: Annotated[str, typer.Argument(help="The study's digest.")],
+    by: By = "",
+    reason: Reason = "",
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take the consent back.")] = False,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Consent to a study's model leaving the hub, after reading it or its report; needs no connection."""
+    site = SiteHome(home)
+    decision: Literal["given", "withdrawn"] = "withdrawn" if withdraw else "given"
+    full = StudyFolder(site).resolve(digest)
+    guard = Guard(site, SiteIdentity.load(site), _now)
+    try:
+        guard.consent(bytes.fromhex(full), decision, _words(by, reason or f"consent {decision}"))
+    finally:
+        guard.close()
+    return Outcome(f"consent {decision}: {full}", {"digest": full, "consent": decision})
+
+
+@app.command()
+@command
 def budget(home: SiteFolder, as_json: JsonFlag = False) -> Outcome:
     """What all studies together have spent of this register's privacy budget."""
     site = SiteHome(home)
@@ -231,13 +257,26 @@ def budget(home: SiteFolder, as_json: JsonFlag = False) -> Outcome:
         "cap_w": cap.epsilon_w,
         "delta": cap.delta,
         "charges": spent.charges,
+        "reserved": [{"study": name, "rounds": rounds} for name, rounds in spent.reserved],
+        "more_rounds": spent.more_rounds,
+        "like": spent.like,
+        "closed": spent.closed,
+        "reopened": spent.reopened,
     }
-    text = (
-        f"register {guard.register_id}: {spent.charges} charges, delta {cap.delta:g}\n"
-        f"  at most t collude        epsilon {spent.epsilon_t:.4f} of {cap.epsilon_t:g}\n"
-        f"  all other hospitals do   epsilon {spent.epsilon_w:.4f} of {cap.epsilon_w:g}"
-    )
-    return Outcome(text, data)
+    lines = [
+        f"register {guard.register_id}: {spent.charges} charges, delta {cap.delta:g}; odometer:",
+        f"  at most t collude        epsilon {spent.epsilon_t:.4f} of {cap.epsilon_t:g}",
+        f"  all other hospitals do   epsilon {spent.epsilon_w:.4f} of {cap.epsilon_w:g}",
+        *(f"  reserved                 {rounds} rounds of {name}" for name, rounds in spent.reserved),
+    ]
+    if spent.closed:
+        lines.insert(0, "CLOSED: this site was restored from a backup")
+    elif spent.reopened:
+        lines.insert(0, "REOPENED BY OVERRIDE: what was spent after the backup is unknown, not counted here")
+    if spent.like:
+        after = " after the reserved ones" if spent.reserved else ""
+        lines.append(f"  {spent.more_rounds} more rounds like those of {spent.like}{after}, by the filter")
+    return Outcome("\n".join(lines), data)
 
 
 @app.command()
@@ -303,8 +342,8 @@ def _closed(closing: Closing) -> str:
     charged = "are charged now" if closing.charged else "cannot be charged: the site was paused or closed"
     return (
         f"  rounds that may have been computed since then and {charged}: {rounds}\n"
-        "  its register is closed: this site takes part in no round any more, until it is re-keyed as fully\n"
-        "  spent or two people sign an override; this version offers neither\n"
+        "  its register is closed: this site takes part in no round any more, unless two officers reopen it\n"
+        "  by 'wardround site override', which then stands first in every report\n"
         "  budget, evidence and what was approved stay readable; never run the old folder beside this one"
     )
 

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from client.identity import SiteIdentity, load_policy
 from client.pins import Pins
+from client.reservations import Reservations
 from client.settings import DataSource, Policy, Register
 from client.state import SiteHome, write_durable
 from client.studies import StudyFolder
@@ -27,15 +28,16 @@ from common.ledger.entries import (
     Approval,
     Charge,
     Closed,
+    Consent,
     Entry,
     Opened,
     Outcome,
     OutcomeReason,
     Pause,
     PolicyChange,
-    Restored,
     Rules,
 )
+from common.ledger.overrides import standing
 from common.ledger.store import Ledger
 from common.privacy.decimals import text_of
 from common.privacy.events import Event, settled
@@ -48,12 +50,22 @@ E = TypeVar("E", bound=Entry)
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a register has spent, by the filter, against its caps in force."""
+    """What a register has spent, by the filter, against its caps in force.
+
+    ``reserved`` are the rounds that approved studies have reserved, by their names, first come first;
+    ``more_rounds`` how many more like those of ``like``, the study charged last or approved last, the filter
+    would admit after them.
+    """
 
     epsilon_t: float
     epsilon_w: float
     cap: Cap
     charges: int
+    reserved: tuple[tuple[str, int], ...]
+    like: str
+    more_rounds: int
+    closed: bool
+    reopened: bool
 
 
 class _Recorded(Exception):  # noqa: N818 - nothing is wrong: the ledger says so already
@@ -73,6 +85,7 @@ class Guard:
         self._identity = identity
         self._now = now
         self._pins = Pins(home)
+        self._reservations = Reservations(StudyFolder(home), self.plan, now)
         self._events: dict[str, Event] = {}
         self._uploads: dict[str, list[tuple[int, int]]] = {}
         self._parsed = 0
@@ -225,19 +238,20 @@ class Guard:
         """
         event = self.plan(admitted, round_number)
         entries = self._ledger.entries()
-        if _last(entries, Restored) is not None:
+        if standing(entries).closed:
             problem = "this site was restored from a backup: its register is closed for every study"
-            remedy = "Make a new site with 'wardround site init' and have it admitted."
+            remedy = "Make a new site and have it admitted, or have two officers reopen it: 'site override'."
             raise RefusedError("guard.restored", problem, remedy=remedy)
         cap, history = self._cap(entries, self.policy), self._charged(entries)
+        reserved = self._reservations.events(entries, manifest.digest.hex())
         self._check_no_dp_members(manifest, history)
         if event.kind == "no_dp":
             return
         if rounds == 1:
-            if not admits(history, event, cap).admitted:
+            if not admits(history, event, cap, reserved).admitted:
                 raise self._exhausted(0, 1)
             return
-        left = rounds_left(history, event, cap)
+        left = rounds_left(history, event, cap, reserved)
         if left < rounds:
             raise self._exhausted(left, rounds)
 
@@ -262,7 +276,8 @@ class Guard:
             if len(rounds) >= manifest.study.aggregation.rounds_max:
                 raise RefusedError("guard.rounds-spent", "all rounds that were approved have been charged")
             self._check_no_dp_members(manifest, history)
-            if event.kind != "no_dp" and not admits(history, event, cap).admitted:
+            reserved = self._reservations.events(entries, event.manifest_digest)
+            if event.kind != "no_dp" and not admits(history, event, cap, reserved).admitted:
                 raise self._exhausted(0, 1)
             return Charge(actor=self._actor, event=event.to_fields())
 
@@ -341,7 +356,7 @@ class Guard:
         name = man.hex()
 
         def decide(entries: Sequence[Entry]) -> Closed:
-            said = [entry for entry in entries if isinstance(entry, Approval | Closed) and entry.manifest == name]
+            said = [e for e in entries if isinstance(e, Approval | Closed) and e.manifest == name]
             if not said or isinstance(said[-1], Closed):
                 raise _Recorded
             return Closed(actor=self._actor, manifest=name)
@@ -389,19 +404,66 @@ class Guard:
         return (left[-1].attempt, bytes.fromhex(left[-1].ctx or "")) if left else (0, b"")
 
     def budget(self) -> Budget:
-        """What the register has spent so far, and the caps in force."""
-        history = self._charged(self._ledger.entries())
-        cap = self.cap
-        return Budget(odometer(history, cap.delta, "t"), odometer(history, cap.delta, "w"), cap, len(history))
+        """What the register has spent so far, the caps in force, and what is spoken for."""
+        entries = self._ledger.entries()
+        history, cap, now = self._charged(entries), self._cap(entries, self.policy), standing(entries)
+        rounds = self._reservations.rounds(entries)
+        last = history[-1].manifest_digest if history else next(reversed(rounds), "")
+        like = self._reservations.plan(last)
+        more = 0
+        if like.event is not None and not now.closed:
+            more = rounds_left(history, like.event, cap, self._reservations.events(entries))
+        return Budget(
+            odometer(history, cap.delta, "t"),
+            odometer(history, cap.delta, "w"),
+            cap,
+            len(history),
+            tuple((self._reservations.plan(digest).name, count) for digest, count in rounds.items()),
+            like.name,
+            more,
+            now.closed,
+            now.reopened,
+        )
 
     def rounds_left(self, manifest: Manifest, admitted: Admitted) -> int:
-        """How many more rounds of a study the register could pay."""
-        history = self._charged(self._ledger.entries())
-        return rounds_left(history, self.plan(admitted, 1), self.cap)
+        """How many more rounds of a study the register could pay, after those reserved by earlier ones."""
+        entries = self._ledger.entries()
+        reserved = self._reservations.events(entries, manifest.digest.hex())
+        return rounds_left(self._charged(entries), self.plan(admitted, 1), self.cap, reserved)
+
+    # -- release consent -------------------------------------------------------------------------------------
+
+    def consent(self, man: bytes, decision: Literal["given", "withdrawn"], reason: str) -> None:
+        """Write a person's word on whether a study's model may leave, for a study that was approved here.
+
+        Raises: RefusedError for another study, or where the ledger says so already.
+        """
+        leaves.check_reason(reason)
+        name = man.hex()
+
+        def decide(entries: Sequence[Entry]) -> Consent:
+            said = (entry for entry in entries if isinstance(entry, Approval) and entry.manifest == name)
+            if all(entry.decision == "denied" for entry in said):
+                raise RefusedError("guard.consent", "the study was never approved here")
+            if self._consented(entries, man) == (decision == "given"):
+                raise RefusedError("guard.consent", "that is what the ledger says already")
+            return Consent(actor=self._actor, manifest=name, decision=decision, reason=reason)
+
+        self._ledger.append_if(decide)
+
+    def consented(self, man: bytes) -> bool:
+        """Whether the last word here is that the study's model may leave; a denied study has none."""
+        entries = self._ledger.entries()
+        return self._consented(entries, man) and self._decision(entries, man) == "approved"
+
+    @staticmethod
+    def _consented(entries: Sequence[Entry], man: bytes) -> bool:
+        last = _last(entries, Consent, lambda consent: consent.manifest == man.hex())
+        return last is not None and last.decision == "given"
 
     @property
     def cap(self) -> Cap:
-        """The caps in force: the policy's, and never above those with which the register was opened."""
+        """The caps in force: the policy's, and never above the register's first or those of an override."""
         return self._cap(self._ledger.entries(), self.policy)
 
     def _cap(self, entries: Sequence[Entry], policy: Policy) -> Cap:
@@ -412,11 +474,11 @@ class Guard:
                 "guard.register", "the policy names another register than this ledger's",
                 remedy="Restore register.id in policy.toml.",
             )  # fmt: skip
-        limit_w = float(opened.epsilon_w) if opened.epsilon_w is not None else 0.0
-        raised = cap.epsilon_t > float(opened.epsilon_t) or (cap.epsilon_w or 0.0) > limit_w
-        if raised or text_of(cap.delta) != opened.delta:
-            problem = "the policy's caps are above those with which the register was opened, or delta differs"
-            remedy = "Set them back in policy.toml: raising a cap is not possible in this version."
+        limit = standing(entries)
+        most_t, most_w = float(limit.epsilon_t), float(limit.epsilon_w or 0)
+        if cap.epsilon_t > most_t or (cap.epsilon_w or 0.0) > most_w or text_of(cap.delta) != limit.delta:
+            problem = "the policy's caps are above those of the register, or delta differs"
+            remedy = "Set them back in policy.toml; two officers may raise caps: 'wardround site override'."
             raise RefusedError("guard.cap-raised", problem, remedy=remedy)
         return cap
 
@@ -513,4 +575,5 @@ def _rules(policy: Policy) -> Rules:
         without_differential_privacy=rules.allow_studies_without_differential_privacy,
         without_masks=rules.allow_studies_whose_every_update_the_hub_sees,
         coordinators=tuple(rules.coordinators),
+        officers=tuple(rules.officers),
     )

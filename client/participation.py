@@ -178,6 +178,9 @@ class Participation:
             return Reply(kind), ()
         if kind is messages.STUDY:
             return self._study(request), ()
+        if kind is messages.CONSENT:
+            decision = self._decision(man) or "received"
+            return Reply(kind, True, (), "consented" if self._guard.consented(man) else decision), ()
         if kind is messages.READY:
             return Reply(kind, True, (self._ready(man, only(found, records.RoundStart), attachment),)), ()
         with self._lock(man):

@@ -74,6 +74,7 @@ class Rules(Strict):
     """What a study must meet before a person may approve it."""
 
     coordinators: list[str] = Field(default_factory=list)
+    officers: list[str] = Field(default_factory=list)
     minimum_hospitals: Annotated[int, Field(ge=3)] = 3
     allow_studies_without_differential_privacy: bool = False
     allow_studies_whose_every_update_the_hub_sees: bool = False
@@ -136,7 +137,7 @@ POLICY_TEMPLATE: Final = """\
 id = "{register_id}"
 # What all studies together may spend on any one patient: epsilon_t while at most t hospitals collude with
 # the hub, epsilon_w when every other hospital does. The first command after admission fixes them: later they
-# may only be lowered.
+# may only be lowered, or raised by two officers.
 epsilon_t = 3.0
 epsilon_w = 3.0
 delta = 1e-6
@@ -145,6 +146,9 @@ delta = 1e-6
 # Keys of the coordinators whose studies may be approved, as printed by 'wardround hub init', for example
 # coordinators = ["ed25519:..."]
 coordinators = []
+# Keys of the two or more officers who can raise a cap together, or reopen a restored site's register
+# ('wardround site officer' makes one): neither belongs to whoever edits this file.
+officers = []
 minimum_hospitals = 3
 allow_studies_without_differential_privacy = false
 allow_studies_whose_every_update_the_hub_sees = false

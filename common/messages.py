@@ -17,8 +17,8 @@ from common.secagg.records import Record
 PROTOCOL_VERSION: Final = 1
 MAX_RECORDS: Final = 2000
 
-DECISIONS: Final = ("received", "approved", "denied")
-"""What a person at the site has said of a manifest: the one declared fact that the hub learns."""
+DECISIONS: Final = ("received", "approved", "denied", "consented")
+"""What a person at the site has said of a manifest, or of its model's leaving: all that is declared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,13 @@ UPLOAD: Final = Kind("train.upload", records.Cohort, False, records.Upload)
 OPEN: Final = Kind("train.open", records.OpenPlease, False, records.Open)
 RESULT: Final = Kind("query.result", records.Result, False, None)
 CLOSE: Final = Kind("query.close", None, False, None)
+CONSENT: Final = Kind("query.consent", None, False, None)
 
 KINDS: Final = {
     kind.message_type: kind
     for kind in (
         *(STUDY, KEYS, DIRECTORY, SEEDS, CONFIRMS, HEAD, COSIGN, COSIGNED),
-        *(READY, UPLOAD, OPEN, RESULT, CLOSE),
+        *(READY, UPLOAD, OPEN, RESULT, CLOSE, CONSENT),
     )
 }
 
@@ -70,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a site answers: records, a decision (STUDY only), or unavailable."""
+    """What a site answers: records, a decision (STUDY and CONSENT), or unavailable."""
 
     kind: Kind
     available: bool = True
@@ -141,7 +142,7 @@ def decode_reply(message_type: str, data: bytes) -> Reply:
     if len(parts) < 2 or parts[0] != b"ok":
         raise VerificationError("messages.reply", f"a {message_type} reply is 'ok' or 'unavailable'")
     decision = parts[1].decode("ascii", errors="replace")
-    if decision not in (DECISIONS if kind is STUDY else ("",)):
+    if decision not in (DECISIONS if kind in (STUDY, CONSENT) else ("",)):
         raise VerificationError("messages.decision", f"a {message_type} reply carries no such decision")
     return Reply(kind, True, _decode_records(kind.reply, kind.many_replies, parts[2:], "reply"), decision)
 

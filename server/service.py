@@ -11,7 +11,7 @@ import signal
 import threading
 from datetime import UTC, datetime
 
-from common import flower, identity
+from common import flower, identity, messages
 from common.certificates import Peer
 from common.errors import RefusedError, UnreachableError, WardroundError
 from common.identity import read_secret
@@ -19,6 +19,7 @@ from common.roster import SignedRoster
 from common.study import SignedManifest
 from server.app import app
 from server.enrolment import admitted, sign_roster
+from server.exchange import Exchange
 from server.grid import GrpcGrid
 from server.home import HubHome
 from server.ledger import HubLedger
@@ -30,6 +31,7 @@ log = logging.getLogger("wardround.hub")
 
 LOOK_PERIOD_S = 0.5
 STOP_TIMEOUT_S = 10.0
+CONSENT_TIMEOUT_S = 5.0
 
 
 class Hub:
@@ -52,6 +54,7 @@ class Hub:
             admit=self._admit,
             services=[Studies(self).register],
         )
+        self._grid = GrpcGrid(self.link)
         self._running: dict[str, tuple[GrpcGrid, threading.Thread]] = {}
         self._members: dict[str, frozenset[int]] = {}
         self._thread = threading.Thread(target=self._look, name="studies", daemon=True)
@@ -98,6 +101,24 @@ class Hub:
     def wake(self) -> None:
         """Look for studies to run."""
         self._wake.set()
+
+    def missing_consents(self, digest: str) -> list[str]:
+        """Ask those of a study that must consent and are here; the names of all that have not.
+
+        Who is away is taken at its last word; who is here and does not answer has not consented.
+        """
+        row = self.store.study(digest)
+        manifest = SignedManifest(row.manifest, row.signature).verify()
+        needed = {party.id: party.name for party in manifest.members if party.name in manifest.study.consents}
+        exchange = Exchange(self._grid, manifest.digest, needed, lambda: None)
+        asked = dict.fromkeys(exchange.online(), exchange.request(messages.CONSENT))
+        replies = exchange.ask(messages.CONSENT, asked, CONSENT_TIMEOUT_S) if asked else ()
+        said = {site: reply.decision for site, reply, _ in replies if reply.available}
+        before = {int(site): word for site, word in json.loads(self.store.study(digest).decisions).items()}
+        if (decisions := before | said) != before:
+            self.store.set_decisions(digest, decisions)
+        last = dict.fromkeys(asked, "") | said
+        return [name for site, name in needed.items() if last.get(site, before.get(site)) != "consented"]
 
     def abort(self, digest: str, reason: str) -> None:
         """Write the end of a study; its thread sees it at once."""

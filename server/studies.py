@@ -55,6 +55,10 @@ class Desk(Protocol):
         """End a study."""
         ...
 
+    def missing_consents(self, digest: str) -> list[str]:
+        """The hospitals without whose word a study's model does not leave, and that have not given it."""
+        ...
+
     def now(self) -> datetime:
         """The hub's clock, UTC."""
         ...
@@ -248,11 +252,20 @@ class Studies(link_pb2_grpc.StudiesServicer):
     async def Export(  # noqa: N802
         self, request: link_pb2.ExportRequest, context: Any
     ) -> AsyncIterator[link_pb2.Document]:
-        """The safetensors file of a completed round, in chunks of 1 MiB."""
+        """The safetensors file of a completed round, in chunks of 1 MiB.
+
+        Guarantee: no_model_leaves_without_consent - of every hospital that the study names for it.
+        """
         try:
             _authorise(context)
             self._desk.store.study(request.digest)
             state = self._desk.store.state(request.digest, request.round)
+            if missing := await asyncio.to_thread(self._desk.missing_consents, request.digest):
+                raise RefusedError(
+                    "study.consent",
+                    f"no model of this study leaves without the consent of {', '.join(missing)}",
+                    remedy=f"Ask them for 'wardround site consent {request.digest[:12]}', and to be online.",
+                )
         except WardroundError as error:
             await _fail(context, error)
             return

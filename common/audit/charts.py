@@ -131,7 +131,7 @@ def timeline(study: StudyFacts) -> Markup:
 def _decision(drawing: Element, decision: str, x: float, y: float) -> None:
     if decision == "approved":
         SubElement(drawing, "circle", {"class": "decision approved", "cx": _n(x), "cy": _n(y), "r": "7"})
-    else:
+    elif decision == "denied":
         cross = f"M{_n(x - 6)} {_n(y - 6)}l12 12m0 -12l-12 12"
         SubElement(drawing, "path", {"class": "decision denied", "d": cross})
 

@@ -18,6 +18,7 @@ from common.audit.trust import Trust
 from common.audit.verify import Verification
 from common.identity import fingerprint
 from common.ledger.entries import Entry
+from common.ledger.reservations import reserved_rounds
 from common.privacy.accountant import View
 from common.privacy.events import Event
 from common.privacy.filter import VIEWS, Cap, rounds_left
@@ -67,13 +68,14 @@ class Register:
     more_rounds: int | None
     like: str
     closed: bool
+    reopened: bool
     lines: tuple[Line, ...]
     points: tuple[Point, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A person's decision, in their words."""
+    """A person's decision - approved, denied, consent given or withdrawn - in their words."""
 
     time: str
     decision: str
@@ -182,7 +184,7 @@ def read_facts(verification: Verification, trust: Trust) -> Facts:
 def _register(hospital: Hospital, studies: Studies, open_studies: Studies) -> Register:
     cap, opened, costs = hospital.cap_in_force, hospital.opened, hospital.costs
     delta = cap.delta if cap else math.nan
-    reserved = [] if hospital.restores else _reserved(hospital, open_studies)
+    reserved = [] if hospital.closed else _reserved(hospital, open_studies)
     spent = costs.spent(hospital.events, delta)
     scheduled = costs.spent([*hospital.events, *reserved], delta)
     fixed = costs.fixed(hospital.events, delta)
@@ -198,8 +200,11 @@ def _register(hospital: Hospital, studies: Studies, open_studies: Studies) -> Re
         reserved_rounds=len(reserved),
         more_rounds=_more_rounds(hospital, event, cap, reserved) if like else None,
         like=like,
-        closed=bool(hospital.restores),
-        lines=register_lines(hospital.cap, stated, spent, fixed, hospital.uploads),
+        closed=hospital.closed,
+        reopened=any(entry.action == "reopen" for entry in hospital.overrides),
+        lines=register_lines(
+            hospital.cap, stated, spent, fixed, costs.spent(hospital.unmasked, delta), hospital.uploads
+        ),
         points=_points(hospital, studies, delta),
     )
 
@@ -212,13 +217,17 @@ def _account(view: View, cap: Cap | None, spent: Epsilons, scheduled: Epsilons) 
 
 
 def _reserved(hospital: Hospital, open_studies: Studies) -> list[Event | None]:
-    """The rounds still chargeable of studies that are approved, unexpired and not known to have ended."""
-    rounds: list[Event | None] = []
-    for digest, (manifest, _, admitted) in open_studies.items():
-        if hospital.approves(digest):
-            left = manifest.study.aggregation.rounds_max - len(hospital.by_study.get(digest, ()))
-            rounds += [hospital.costs.planned(admitted) if admitted else None] * max(0, left)
-    return rounds
+    """The rounds that the hospital keeps for studies that are unexpired and not known to have ended."""
+    planned = {digest: hospital.costs.planned(study[2]) for digest, study in open_studies.items() if study[2]}
+
+    def rounds(digest: str) -> tuple[int, int] | None:
+        if digest not in planned or planned[digest].kind != "sum":
+            return None
+        study = open_studies[digest][0].study
+        return study.training.rounds, study.aggregation.rounds_max
+
+    found = reserved_rounds(hospital.entries, rounds)
+    return [planned[digest] for digest, count in found.items() for _ in range(count)]
 
 
 def _last(hospital: Hospital, studies: Studies) -> tuple[str, Event | None]:
@@ -238,7 +247,7 @@ def _more_rounds(
 ) -> int:
     history = [past for past in (*hospital.events, *reserved) if past is not None]
     unknown = len(history) < len(hospital.events) + len(reserved)
-    if hospital.restores or unknown or cap is None or event is None or event.kind != "sum":
+    if hospital.closed or unknown or cap is None or event is None or event.kind != "sum":
         return 0
     return rounds_left(history, event, cap)
 
@@ -327,7 +336,9 @@ def _course(digest: str, hospital: Hospital) -> Course:
     return Course(
         hospital=hospital.name,
         decisions=tuple(
-            Decision(entry.time, entry.decision, entry.reason) for entry in hospital.decisions.get(digest, ())
+            Decision(said.time, f"{word}{said.decision}", said.reason)
+            for word, entries in (("", hospital.decisions), ("consent ", hospital.consents))
+            for said in entries.get(digest, ())
         ),
         charged=tuple(map(round_of, charges)),
         completed=tuple(round_of(charge) for charge in charges if hospital.completed(charge)),

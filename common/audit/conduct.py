@@ -6,11 +6,12 @@ with which the register was opened; each rule returns the first problem with its
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from common.audit.openings import openings
-from common.audit.party import Party, studied
+from common.audit.party import Party, roots, studied
 from common.audit.spending import OWN, Costs, cap_of
 from common.ledger.entries import (
     Approval,
@@ -18,11 +19,13 @@ from common.ledger.entries import (
     Completed,
     Opened,
     Outcome,
+    Override,
     PolicyChange,
     Rules,
     Submission,
 )
-from common.privacy.events import Event
+from common.ledger.overrides import Standing, check_override, standing
+from common.privacy.events import Event, settled
 from common.privacy.filter import Cap, admits
 from common.study import NoDifferentialPrivacy
 
@@ -99,15 +102,26 @@ def _own(charge: Charge) -> dict[str, str | int]:
     return {key: charge.event.get(key, "") for key in OWN}
 
 
-def _in_force(party: Party) -> Iterator[tuple[Charge, Rules | None]]:
+def _in_force(party: Party) -> Iterator[tuple[Charge, Rules | None, Standing]]:
     """Each charge with the policy for it: none that the ledger states yet, and none for what a restore
-    charges, which may have been spent whatever the policy has said since."""
-    rules, reserved = None, _reserved(party)
-    for entry in party.entries:
+    charges, which may have been spent whatever the policy has said since; and with the register then."""
+    rules, now, reserved = None, None, _reserved(party)
+    for at, entry in enumerate(party.entries):
         if isinstance(entry, PolicyChange):
             rules = entry.after
-        elif isinstance(entry, Charge):
-            yield entry, None if entry.event_id in reserved else rules
+        elif isinstance(entry, Opened | Override):
+            now = standing(party.entries[: at + 1])
+        elif isinstance(entry, Charge) and now is not None:
+            yield entry, None if entry.event_id in reserved else rules, now
+
+
+def overrides(party: Party) -> str:
+    """Every override was signed by two officers of the policy then, for this ledger as it was."""
+    sizes = roots(party.evidence.leaves, [entry.size for entry in party.of(Override)])
+    for at, entry in enumerate(party.entries):
+        if isinstance(entry, Override):
+            check_override(entry, party.entries[:at], sizes.get(entry.size, b""))
+    return ""
 
 
 def caps(party: Party) -> str:
@@ -115,12 +129,12 @@ def caps(party: Party) -> str:
     opened = next(iter(party.of(Opened)), None)
     if opened is None:
         return "no register was opened"
-    mine, force, limit = list[Charge](), list[Cap](), cap_of(opened)
-    for entry, rules in _in_force(party):
+    mine, force = list[Charge](), list[Cap]()
+    for entry, rules, limit in _in_force(party):
         if entry.register_id == opened.register_id:
-            force.append(cap_of(rules) if rules else limit)
+            force.append(cap_of(rules or limit))
             mine.append(entry)
-            if _raised(force[-1], limit):
+            if _raised(force[-1], cap_of(limit)):
                 return f"entry {entry.seq} is charged under caps above those of the register"
     history = _events(mine)
     closed = next((at for at, event in enumerate(history) if event.kind == "no_dp"), len(history))
@@ -134,7 +148,28 @@ def caps(party: Party) -> str:
     # What was spent only grows: where the last charge under a cap fits it, those before it did.
     last = {cap: at for at, cap in enumerate(force[:closed])}
     wrong = [mine[_first(cap, force, over)].seq for cap, at in last.items() if over(at, cap)]
+    if wrong and any(event.mode == "shared-noise" for event in history):
+        # Charged as planned, and settled since: what was spent may have been less than it seems.
+        caps_of = {entry.seq: cap for entry, cap in zip(mine, force, strict=True)}
+        past = _settled_before(party, dict(zip((entry.event_id for entry in mine), history, strict=True)))
+        wrong = [e.seq for e, event, before in past if not admits(before, event, caps_of[e.seq]).admitted]
     return f"entry {min(wrong)} charges more than the caps in force admit" if wrong else ""
+
+
+def _settled_before(
+    party: Party, planned: Mapping[str, Event]
+) -> Iterator[tuple[Charge, Event, tuple[Event, ...]]]:
+    """Each charge with sums, its event, and those before it as they were settled by then."""
+    events, uploads = dict[str, Event](), defaultdict[str, list[tuple[int, int]]](list)
+    for entry in party.entries:
+        if isinstance(entry, Charge) and entry.event_id in planned:
+            event = planned[entry.event_id]
+            if event.kind == "sum":
+                yield entry, event, tuple(events.values())
+                events[entry.event_id] = event
+        elif isinstance(entry, Outcome) and entry.event_id in events and entry.u_size and entry.s_g_squared:
+            uploads[entry.event_id].append((entry.u_size, entry.s_g_squared))
+            events[entry.event_id] = settled(planned[entry.event_id], uploads[entry.event_id])
 
 
 def _raised(cap: Cap, opened: Cap) -> bool:
@@ -150,7 +185,7 @@ def _first(cap: Cap, force: list[Cap], over: Callable[[int, Cap], bool]) -> int:
 
 def policy(party: Party) -> str:
     """Every charge is of a study that the policy allowed then, as far as the ledger says what it was."""
-    for entry, rules in _in_force(party):
+    for entry, rules, _ in _in_force(party):
         if rules is None or studied(entry) not in party.studies:
             continue
         manifest = party.studies[studied(entry)][0]
@@ -175,9 +210,16 @@ def _events(charges: list[Charge]) -> list[Event]:
 
 
 def outcomes(party: Party) -> str:
-    """A result came back only of an upload that was recorded before its first byte left."""
+    """A result came back only of an upload that was recorded before its first byte left, with its noise."""
     started: set[tuple[str, str | None]] = set()
+    charged = {entry.event_id: studied(entry) for entry in party.of(Charge)}
     for entry in party.of(Outcome):
+        found = party.studies.get(charged.get(entry.event_id, ""))
+        admitted = found[2] if found else None
+        if admitted is not None and (entry.u_size or (admitted.shared and entry.reason == "upload_started")):
+            share = dict(enumerate(admitted.shares, admitted.minimum)).get(entry.u_size or 0)
+            if entry.reason != "upload_started" or share is None or entry.s_g_squared != share:
+                return f"entry {entry.seq} states another noise than its study gives that cohort"
         if (entry.state == "released") != (entry.ctx is not None):
             return f"entry {entry.seq} says that a result left without naming it, or the reverse"
         if entry.reason == "upload_started":
@@ -234,6 +276,7 @@ SITE_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
     ("approvals", "no study was approved after it had expired", approvals),
     ("approval-before-charge", "every charge follows an approval in force", approved_before_charged),
     ("charges", "every charge is what its study gives, once a round", as_planned),
+    ("overrides", "every override was signed by two of the policy's officers", overrides),
     ("caps", "the filter admits every charge under the caps in force", caps),
     ("policy", "every charge is of a study that the policy in force allows", policy),
     ("outcomes", "every result follows the record of its upload", outcomes),

@@ -19,6 +19,7 @@ from common.study import NoDifferentialPrivacy
 
 LARGEST_DELTA: Final = 1e-5
 KINDS: Final = (
+    "override",
     "no masks",
     "failed check",
     "unreadable event",
@@ -101,8 +102,15 @@ def _of_hospital(hospital: Hospital, studies: Mapping[str, Study]) -> Iterator[N
             about = label(event.manifest_digest, studies)
             text = f"entry {charge.seq} declares {event.reason or 'something'} for {about}"
             yield Notice("declared event", name, charge.time, text)
+    for over in hospital.overrides:
+        what = f"caps raised over the whole history to epsilon_t {over.epsilon_t}, epsilon_w {over.epsilon_w}"
+        if over.action == "reopen":
+            what = "reopened after a restore: what may have been spent after the backup is unknown"
+        text = f"entry {over.seq}: {what}: {over.reason}; signed by {', '.join(over.signatures)}"
+        yield Notice("override", name, over.time, text)
     for back in hospital.restores:
-        text = f"entry {back.seq}: restored from a backup, its register is closed: {back.reason}"
+        now = "its register is closed" if hospital.closed else "reopened since"
+        text = f"entry {back.seq}: restored from a backup, {now}: {back.reason}"
         yield Notice("restored", name, back.time, text)
     for pause in hospital.pauses:
         yield Notice("pause", name, pause.time, f"entry {pause.seq}: {pause.decision}: {pause.reason}")

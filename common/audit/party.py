@@ -17,7 +17,7 @@ from common.audit.trust import Trust
 from common.encoding import digest
 from common.errors import RefusedError, UsageError, VerificationError, WardroundError
 from common.identity import key_text
-from common.ledger.entries import Approval, Charge, Completed, Ended, Entry, HubEntry, Submission, decode
+from common.ledger.entries import Approval, Charge, Entry, HubEntry, Submission, decode
 from common.ledger.history import History
 from common.ledger.notes import Checkpoint, note_of, open_note, origin_of, read_checkpoint
 from common.ledger.tree import Frontier, leaf_hash
@@ -164,7 +164,7 @@ def studied(entry: Entry) -> str:
     """The digest in hex of the manifest that an entry is about, empty for none."""
     if isinstance(entry, Charge):
         return str(entry.event.get("manifest_digest", ""))
-    return entry.manifest if isinstance(entry, Approval | Submission | Completed | Ended) else ""
+    return str(getattr(entry, "manifest", ""))
 
 
 def named_studies(entries: Iterable[Entry]) -> Iterator[tuple[int, str]]:

@@ -85,6 +85,7 @@ def claim_sheet(
     """Every claim of one study. ``event`` is one of its rounds, ``approvals`` who approved it and why."""
     study = manifest.study
     private = event is not None and event.kind == "sum"
+    of = {"both", "private" if private else "plain", event.mode if event else None}
 
     def costs(of: Callable[[Planned], Epsilons]) -> str:
         found = (f"epsilon_t = {up(of(p).t)}, epsilon_w = {up(of(p).w)}, delta = {p.delta}" for p in planned)
@@ -101,6 +102,7 @@ def claim_sheet(
         "rounds": study.training.rounds,
         "rounds_max": study.aggregation.rounds_max,
         "t": study.aggregation.colluders,
+        "outsiders": "" if study.aggregation.colluders else WORDS["outsiders_only"],
         "masks": WORDS["masks"][study.aggregation.masks],
         "dp_accounting": version("dp-accounting"),
         "interval": f"{PLD_INTERVAL:g}",
@@ -113,25 +115,26 @@ def claim_sheet(
         values |= event.to_fields()
         values |= {
             "floating": WORDS["floating"][event.arith],
+            "noise_by": WORDS["noise_by"][event.mode],
             "sampled": WORDS["sampled"][event.sampling],
             "beta": f"{float(event.mechanism.beta):.2g}",
         }
     return tuple(
         Line(claim["key"], claim["label"], claim["text"].format_map(values))
         for claim in WORDS["claim"]
-        if claim.get("of", "both") in ("both", "private" if private else "plain")
+        if claim.get("of", "both") in of
     )
 
 
 def register_lines(
-    cap: Cap | None, delta: str, spent: Epsilons, fixed: Epsilons, uploads: int
+    cap: Cap | None, delta: str, spent: Epsilons, fixed: Epsilons, unmasked: Epsilons, uploads: int
 ) -> tuple[Line, ...]:
-    """What may be said of a register, and under which name."""
+    """What may be said of a register, and under which name; ``unmasked`` is what its uploads say alone."""
     values = {
         "delta": delta,
         "cap_t": cap and cap.epsilon_t,
         "cap_w": cap and (cap.epsilon_w or "infinite"),
-        "spent_w": up(spent.w),
+        "unmasked_w": up(unmasked.w),
         "uploads": uploads,
     }
     guarantee = "no_guarantee" if spent.t == math.inf else "guarantee" if cap else "unknown_caps"

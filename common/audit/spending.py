@@ -19,9 +19,10 @@ from common.audit.party import E, Party, Study, studied
 from common.errors import UsageError
 from common.ledger import entries as leaves
 from common.ledger.entries import Charge, Opened, Outcome, Rules
+from common.ledger.overrides import Standing, standing
 from common.privacy.accountant import Term, View, compose_epsilon
 from common.privacy.clipping import z_threshold, z_worst
-from common.privacy.events import Event
+from common.privacy.events import Event, settled
 from common.privacy.filter import Cap, odometer
 from common.witness import HUB
 
@@ -124,23 +125,49 @@ class Hospital:
 
     def __init__(self, party: Party, costs: Costs) -> None:
         self.id, self.name, self.costs = party.id, party.name, costs
-        self.charges = party.of(Charge)
-        self.events = [costs.kind(charge.event) for charge in self.charges]
+        self.entries, self.charges = party.entries, party.of(Charge)
         self.opened = next(iter(party.of(Opened)), None)
         self.changes, self.pauses = party.of(leaves.PolicyChange), party.of(leaves.Pause)
-        self.restores = party.of(leaves.Restored)
+        self.restores, self.overrides = party.of(leaves.Restored), party.of(leaves.Override)
+        self.standing = standing(party.entries) if self.opened else None
+        self.consents = by_key(party.of(leaves.Consent), studied)
         self.by_study = by_key(self.charges, studied)
         self.decisions = by_key(party.of(leaves.Approval), studied)
         self.outcomes = by_key(party.of(Outcome), lambda outcome: outcome.event_id)
+        self.events = [self._settled(charge, self._shares(charge)) for charge in self.charges]
+
+    @property
+    def closed(self) -> bool:
+        """Whether a restore has closed the register, and no officers have reopened it."""
+        return self.standing is not None and self.standing.closed
 
     @property
     def cap(self) -> Cap | None:
-        """The caps with which the register was opened, None when there are none to speak of."""
-        return None if self.opened is None else _sound_cap(self.opened)
+        """The highest caps that the register has had, None when there are none to speak of."""
+        return None if self.standing is None else _sound_cap(self.standing)
+
+    def _shares(self, charge: Charge) -> list[tuple[int, int]]:
+        """Cohort's size and own share's variance of each upload with shared noise."""
+        found = self.outcomes.get(charge.event_id, ())
+        return [(o.u_size, o.s_g_squared) for o in found if o.u_size and o.s_g_squared]
+
+    def _settled(self, charge: Charge, uploads: Sequence[tuple[int, int]]) -> Event | None:
+        event = self.costs.kind(charge.event)
+        with suppress(UsageError):
+            return self.costs.kind(settled(event, uploads).to_fields()) if event and uploads else event
+        return None
+
+    @property
+    def unmasked(self) -> list[Event | None]:
+        """What was done if no mask had held: a charge, or with shared noise each of its uploads by itself."""
+        found: list[Event | None] = []
+        for charge, event in zip(self.charges, self.events, strict=True):
+            found += [self._settled(charge, [upload]) for upload in self._shares(charge)] or [event]
+        return found
 
     @property
     def cap_in_force(self) -> Cap | None:
-        """The caps that the ledger last says of the policy, and never above the first."""
+        """The caps that the ledger last says of the policy, and never above the register's highest."""
         first, now = self.cap, self.cap
         if self.changes:
             now = _sound_cap(self.changes[-1].after)
@@ -184,13 +211,13 @@ def by_key(entries: Iterable[E], key: Callable[[E], str]) -> dict[str, list[E]]:
     return dict(found)
 
 
-def cap_of(said: Opened | Rules) -> Cap:
+def cap_of(said: Opened | Rules | Standing) -> Cap:
     """The caps that an entry states. Raises UsageError for such as no register can have."""
     epsilon_w = None if said.epsilon_w is None else float(said.epsilon_w)
     return Cap(float(said.epsilon_t), epsilon_w, float(said.delta))
 
 
-def _sound_cap(said: Opened | Rules) -> Cap | None:
+def _sound_cap(said: Opened | Rules | Standing) -> Cap | None:
     with suppress(UsageError):
         return cap_of(said)
     return None

@@ -181,6 +181,7 @@ class Rules(_Strict):
     without_differential_privacy: bool
     without_masks: bool
     coordinators: Annotated[tuple[KeyText, ...], Field(strict=False)]
+    officers: Annotated[tuple[KeyText, ...], Field(strict=False)] = ()
 
 
 class PolicyChange(_Leaf):

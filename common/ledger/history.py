@@ -18,6 +18,7 @@ from common.ledger.entries import (
     Membership,
     Opened,
     Outcome,
+    Override,
     Pause,
     PolicyChange,
     Restored,
@@ -61,7 +62,8 @@ class History:
 
         Guarantee: time_never_goes_backwards - an entry older than the one before it is refused.
         Guarantee: nothing_is_charged_while_paused - by whomever, for whatever study.
-        Guarantee: nothing_is_charged_after_a_restore - what a backup lacks may have been spent.
+        Guarantee: nothing_is_charged_after_a_restore - what a backup lacks may have been spent - until
+        officers reopen the register.
         Guarantee: history_is_checked - numbers follow each other; a register is opened once; an event is
         charged once, to an opened register; an outcome names a charged event; a pause ends before another; a
         policy changes from what it was; at a hub, a hospital is admitted once and revoked once, a study is
@@ -130,6 +132,8 @@ class History:
             self._policy = entry.after
         elif isinstance(entry, Restored):
             self._restored = True
+        elif isinstance(entry, Override) and entry.action == "reopen":
+            self._restored = False
         elif isinstance(entry, Membership):
             self._members[entry.id] = entry.decision
         elif isinstance(entry, Submission):

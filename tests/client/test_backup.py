@@ -433,10 +433,12 @@ def test_what_cannot_have_been_charged_is_not(federation: Federation, new: SiteH
     federation.sites[1].study(gone.digest.hex()).unlink()
     guard = federation.guard(1)
     charge(guard, whole, 1, 2)
-    affordable = guard.rounds_left(large, check(large, None))
     guard.close()
     found = taken(federation)
     later = now() + timedelta(minutes=3)
+    guard = federation.guard(1, later)
+    affordable = guard.rounds_left(large, check(large, None))
+    guard.close()
     done = found.restore(new, WORDS, later)
     assert done.rounds == {large.digest.hex(): affordable}
     assert found.plan(now()).rounds[expired.digest.hex()] == 6

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from client.cli import app
 from client.state import SiteHome
 from common.audit.evidence import read_evidence
-from common.ledger.entries import Approval, Pause, Restored
+from common.ledger.entries import Approval, Consent, Pause, Restored
 from common.ledger.store import Ledger
 from tests.client.federation import ADDRESS, Federation
 from tests.federation import extract_rows
@@ -318,11 +318,49 @@ def test_budget_shows_both_views_and_both_caps(federation: Federation, home: Pat
         "cap_w": 2.0,
         "delta": 1e-6,
         "charges": 1,
+        "reserved": [],
+        "more_rounds": 0,
+        "like": "",
+        "closed": False,
+        "reopened": False,
     }
     text = run("budget", "--home", home).stdout
     assert f"register {guard.register_id}: 1 charges, delta 1e-06" in text
     assert f"epsilon {spent.epsilon_t:.4f} of 3" in text
     assert f"epsilon {spent.epsilon_w:.4f} of 2" in text
+
+
+def test_budget_shows_what_is_reserved_and_how_many_rounds_are_left(
+    federation: Federation, home: Path
+) -> None:
+    manifest = federation.manifest()
+    federation.decide(1, manifest)
+    found = data("budget", "--home", home)
+    assert found["reserved"] == [{"study": "small", "rounds": 3}]
+    text = run("budget", "--home", home).stdout
+    assert "  reserved                 3 rounds of small\n" in text
+    assert f"{found['more_rounds']} more rounds like those of small after the reserved ones" in text
+    guard = federation.guard(1)
+    assert guard.rounds_left(manifest, guard.check_runnable(manifest)) == found["more_rounds"] + 3
+    guard.close()
+
+
+def test_consent_is_given_and_withdrawn_without_the_hub(federation: Federation, home: Path) -> None:
+    manifest = federation.manifest()
+    digest = federation.receive(1, manifest)
+    by = ("--by", "A. Person")
+    assert failure("consent", digest, "--home", home, *by, code=3)["code"] == "guard.consent"
+    assert failure("consent", "0" * 12, "--home", home, *by, code=2)["code"] == "site.digest"
+    federation.decide(1, manifest)
+    given = data("consent", digest[:8], "--home", home, *by, "--reason", "the report was read")
+    assert given == {"digest": digest, "consent": "given"}
+    assert failure("consent", digest, "--home", home, *by, code=3)["code"] == "guard.consent"
+    assert run("consent", digest, "--home", home, *by, "--withdraw").stdout.startswith("consent withdrawn")
+    said = [(e.decision, e.reason) for e in federation.entries(1) if isinstance(e, Consent)]
+    assert said == [
+        ("given", "A. Person: the report was read"),
+        ("withdrawn", "A. Person: consent withdrawn"),
+    ]
 
 
 def test_a_raised_cap_is_exit_3_and_a_broken_policy_exit_2(federation: Federation, home: Path) -> None:
@@ -444,7 +482,7 @@ def test_a_person_restores_and_is_told_what_follows(
         f"with {len(federation.entries(1))} ledger entries",
         f"are charged now: 6 of study {manifest.digest.hex()[:12]}",
         "its register is closed",
-        "two people sign an override",
+        "unless two officers reopen it",
         f"Restore it into {new}? [y/N]",
         f"restored: the site in {new}, closed",
     ):

@@ -18,7 +18,7 @@ from common.errors import (
     WardroundError,
 )
 from common.identity import key_text, new_signing_key, public_key
-from common.ledger.entries import Approval, Charge, Opened, Outcome, Pause, PolicyChange
+from common.ledger.entries import Approval, Charge, Closed, Opened, Outcome, Pause, PolicyChange
 from common.privacy.filter import odometer
 from common.roster import Member, Roster, SignedRoster
 from common.study import WITHOUT_MASKS, Manifest
@@ -651,3 +651,113 @@ def test_without_dp_a_register_keeps_to_one_set_of_hospitals(federation: Federat
     # Without the document of the first study nobody can say who was in it: refused as well.
     federation.sites[1].study(first.digest.hex()).unlink()
     refused(lambda: guard.charge(same, check(same, None), 2), RefusedError, "studies.unknown")
+
+
+# -- what earlier studies have reserved --------------------------------------------------------------------
+
+
+def rounds_of(federation: Federation, name: str, rounds: int, most: int) -> Manifest:
+    study = federation.manifest(name=name, training__rounds=rounds, aggregation__rounds_max=most)
+    federation.decide(1, study)
+    return study
+
+
+def test_an_earlier_study_is_never_starved(federation: Federation, guard: Guard) -> None:
+    """Two guards and two studies at once: the later one gets what the earlier one has not reserved."""
+    whole = guard.rounds_left(federation.manifest(), check(federation.manifest(), None))
+    first = rounds_of(federation, "first", whole - 5, whole)
+    later = rounds_of(federation, "later", 5, 20)
+    other, admitted = federation.guard(1), {m.digest: check(m, None) for m in (first, later)}
+    assert guard.rounds_left(first, admitted[first.digest]) == whole
+    assert other.rounds_left(later, admitted[later.digest]) == 5
+    barrier, charged = threading.Barrier(2), {first.digest: 0, later.digest: 0}
+
+    def spend_all(by: Guard, study: Manifest, rounds: int) -> None:
+        barrier.wait()
+        for number in range(1, rounds + 1):
+            try:
+                by.check_budget(study, admitted[study.digest], number)
+                by.charge(study, admitted[study.digest], number)
+            except BudgetExhaustedError:
+                return
+            charged[study.digest] += 1
+
+    threads = [
+        threading.Thread(target=spend_all, args=(guard, first, whole - 5)),
+        threading.Thread(target=spend_all, args=(other, later, 20)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert charged == {first.digest: whole - 5, later.digest: 5}
+    refused(lambda: other.charge(later, admitted[later.digest], 6), BudgetExhaustedError, "budget.exhausted")
+    other.close()
+
+
+def test_reservations_end_with_their_study(federation: Federation, guard: Guard) -> None:
+    soon = (datetime.now(UTC) + timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%MZ")
+    first, next_ = rounds_of(federation, "first", 4, 6), federation.manifest(name="next")
+    expires = federation.manifest(name="soon over", training__rounds=2, expires=soon)
+    federation.decide(1, expires)
+    admitted = {m.digest: check(m, None) for m in (first, next_, expires)}
+    whole = guard.rounds_left(first, admitted[first.digest])
+    assert dict(guard.budget().reserved) == {"first": 4, "soon over": 2}
+    assert guard.rounds_left(next_, admitted[next_.digest]) == whole - 6
+    assert guard.budget().more_rounds == whole - 6
+    guard.charge(first, admitted[first.digest], 1)
+    guard.released(first.digest, 1, 1, CTX)
+    assert dict(guard.budget().reserved)["first"] == 3
+    # Lost: computed again from the same reservation, until rounds_max.
+    guard.settle(first.digest, "round_lost")
+    assert dict(guard.budget().reserved)["first"] == 4
+    for number in (2, 3, 4):
+        guard.charge(first, admitted[first.digest], number)
+        guard.settle(first.digest, "upload_not_made")
+    assert dict(guard.budget().reserved)["first"] == 2
+    late = federation.guard(1, datetime.now(UTC) + timedelta(minutes=6))
+    assert dict(late.budget().reserved) == {"first": 2}
+    late.close()
+    # A later approval gives up the place; a denial and an end give up all.
+    federation.decide(1, first)
+    assert [name for name, _ in guard.budget().reserved] == ["soon over", "first"]
+    guard.closed(first.digest)
+    guard.closed(first.digest)
+    federation.decide(1, expires, "denied")
+    assert guard.budget().reserved == ()
+    assert guard.rounds_left(next_, admitted[next_.digest]) == whole - 4
+    assert [type(entry) for entry in federation.entries(1)].count(Closed) == 1
+
+
+def test_a_lowered_cap_acts_at_once_on_what_is_reserved(federation: Federation, guard: Guard) -> None:
+    first, later = rounds_of(federation, "first", 4, 6), rounds_of(federation, "later", 4, 6)
+    admitted = {m.digest: check(m, None) for m in (first, later)}
+    guard.check_budget(later, admitted[later.digest], 1)
+    guard.charge(first, admitted[first.digest], 1)
+    federation.edit_policy(1, register=dict.fromkeys(("epsilon_t", "epsilon_w"), 1.0))
+    guard.check_budget(first, admitted[first.digest], 2)
+    refused(
+        lambda: guard.check_budget(later, admitted[later.digest], 1), BudgetExhaustedError, "budget.exhausted"
+    )
+    refused(lambda: guard.charge(later, admitted[later.digest], 1), BudgetExhaustedError, "budget.exhausted")
+    guard.charge(first, admitted[first.digest], 2)
+
+
+# -- release consent ---------------------------------------------------------------------------------------
+
+
+def test_consent_is_of_a_study_that_was_approved_here(federation: Federation, guard: Guard) -> None:
+    manifest, man = (study := federation.manifest()), study.digest
+    refused(lambda: guard.consent(man, "given", "A. Person: fine"), RefusedError, "guard.consent")
+    federation.decide(1, manifest)
+    refused(lambda: guard.consent(man, "withdrawn", "A. Person: no"), RefusedError, "guard.consent")
+    refused(lambda: guard.consent(man, "given", "two\nlines"), UsageError, "ledger.reason")
+    assert not guard.consented(man)
+    guard.consent(man, "given", "A. Person: fine")
+    assert guard.consented(man)
+    refused(lambda: guard.consent(man, "given", "A. Person: fine"), RefusedError, "guard.consent")
+    guard.consent(man, "withdrawn", "A. Person: after all not")
+    assert not guard.consented(man)
+    guard.consent(man, "given", "A. Person: fine")
+    federation.decide(1, manifest, "denied")
+    assert not guard.consented(man)

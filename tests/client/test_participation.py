@@ -631,3 +631,27 @@ def test_over_budget_is_refused_before_computing(offered: Hub) -> None:
     assert offered.sites[1]._runs[offered.man].computation._process is None
     assert offered.federation.entries(1) == before
     assert [type(entry) for entry in before] == [Opened, PolicyChange, Approval]
+
+
+def test_consent_is_asked_of_whoever_approved_whatever_the_study_does(federation: Federation) -> None:
+    """No run, worker or budget is touched: it is a person's word, and the hub asks after the end."""
+    manifest = federation.manifest()
+    participation = Participation(federation.sites[1])
+    hub = Hub(federation, manifest, {1: participation})
+    try:
+        assert hub.ask(1, messages.CONSENT).decision == "received"
+        federation.decide(1, manifest)
+        assert hub.ask(1, messages.CONSENT).decision == "approved"
+        guard = federation.guard(1)
+        guard.consent(manifest.digest, "given", "A. Person: fine")
+        assert hub.ask(1, messages.CONSENT).decision == "consented"
+        hub.end()
+        assert hub.ask(1, messages.CONSENT).decision == "consented"
+        guard.consent(manifest.digest, "withdrawn", "A. Person: after all not")
+        assert hub.ask(1, messages.CONSENT).decision == "approved"
+        guard.pause("paused", "A. Person: maintenance")
+        assert not hub.ask(1, messages.CONSENT).available
+        guard.close()
+        assert participation.open_runs == 0
+    finally:
+        participation.close()

@@ -14,6 +14,7 @@ from common.secagg import records
 from common.secagg.records import Record
 from tests.common.secagg.strategies import ALL, a_record
 
+DECIDED = (messages.STUDY, messages.CONSENT)
 digests = st.binary(min_size=32, max_size=32)
 
 
@@ -44,7 +45,7 @@ def replies(draw: st.DrawFn) -> Reply:
     kind = draw(st.sampled_from(list(KINDS.values())))
     if draw(st.booleans()):
         return Reply(kind, available=False)
-    decision = draw(st.sampled_from(messages.DECISIONS)) if kind is messages.STUDY else ""
+    decision = draw(st.sampled_from(messages.DECISIONS)) if kind in DECIDED else ""
     return Reply(kind, True, draw(some(kind.reply, kind.many_replies)), decision)
 
 
@@ -132,7 +133,7 @@ def test_counts_of_records_are_those_of_the_table(kind: Kind) -> None:
         ("reply", kind.reply, kind.many_replies),
     ):
         document = b"x" if kind is messages.STUDY else b""
-        decision = b"received" if kind is messages.STUDY else b""
+        decision = b"received" if kind in DECIDED else b""
         head = (bytes(32), document) if what == "request" else (b"ok", decision)
         decode: Any = messages.decode_request if what == "request" else messages.decode_reply
         allowed = 0 if record is None else messages.MAX_RECORDS if many else 1

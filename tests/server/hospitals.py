@@ -216,6 +216,8 @@ class Hospital:
         if kind is messages.STUDY:
             self._join(request)
             return Reply(kind, True, (), self.decision), ()
+        if kind is messages.CONSENT:
+            return Reply(kind, True, (), self.decision), ()
         if self.site is None or self._params is None:
             return Reply(kind, available=kind is messages.CLOSE), ()
         if kind is messages.KEYS:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from common import flower
+from common import flower, messages
 from common.errors import FailureError, RefusedError
+from common.messages import Reply
 from server import round as round_module
 from server import rounds
 from server.desk import CoordinatorDesk
@@ -243,3 +244,48 @@ def test_a_site_taken_off_the_roster_is_refused(tmp_path: Path) -> None:
         assert hub.online() == {}
     finally:
         hub.stop()
+
+
+def test_no_model_leaves_without_consent(tmp_path: Path) -> None:
+    """Over the real link: who is here is asked at export, who is away is taken at its last word."""
+    founded = found(tmp_path)
+    hub = Hub(founded.home)
+    hub.start()
+    hospitals = [Hospital(founded, site) for site in founded.admissions]
+    try:
+        with CoordinatorDesk(founded.coordinator) as desk, ExitStack() as agents:
+            for hospital in hospitals[:2]:
+                agents.enter_context(agent(hub, founded, hospital))
+            signed = founded.sign_study(consents=["St. Mary", "Riverside"])
+            with agent(hub, founded, hospitals[2]):
+                digest = desk.submit(signed.manifest_bytes, signed.signature).digest
+                assert list(desk.watch(digest))[-1].study.status == "done"
+                assert missing(desk, digest) == "St. Mary, Riverside"
+                hospitals[0].decision = hospitals[2].decision = "consented"
+                assert desk.export(digest) == desk.export(digest, 3)
+                # It was asked; a word taken back before the export counts.
+                hospitals[0].decision = "approved"
+                assert missing(desk, digest) == "St. Mary"
+                hospitals[0].decision = "consented"
+            wait_until(lambda: 3 not in hub.online())
+            assert desk.export(digest, 1)
+            assert [site.decision for site in desk.show(digest)[1].sites] == [
+                "consented", "approved", "consented",
+            ]  # fmt: skip
+            # Whoever is here and does not answer has not consented, whatever it said before.
+            hospitals[0].answer = lambda kind, *_: (  # type: ignore[method-assign]
+                messages.encode_reply(Reply(messages.kind_of(kind), available=False)), ()
+            )  # fmt: skip
+            assert missing(desk, digest) == "St. Mary"
+    finally:
+        hub.stop()
+    assert "query.consent" not in hospitals[1].asked
+
+
+def missing(desk: CoordinatorDesk, digest: str) -> str:
+    with pytest.raises(RefusedError, match="without the consent of") as caught:
+        desk.export(digest)
+    assert caught.value.code == "study.consent"
+    assert caught.value.exit_code == 3
+    assert f"site consent {digest[:12]}" in caught.value.remedy
+    return caught.value.problem.partition("the consent of ")[2]

@@ -65,6 +65,13 @@ from common.witness import HUB, Witness
 from tests.federation import NAMES, small_study
 
 START = datetime(2026, 11, 23, 8, 0, tzinfo=UTC)
+SHARED: dict[str, Any] = {
+    "name": "shared",
+    "training__mode": "shared-noise",
+    "training__engine": "bookkeeping",
+    "aggregation__codec__step": 0.001,
+    "privacy__noise_multiplier": 30.0,
+}
 WITHOUT_DP: dict[str, Any] = {
     "name": "plain",
     "privacy": {"kind": "without_differential_privacy"},
@@ -212,8 +219,12 @@ class Federation:
         transcript = self.opened(manifest, number, tuple(cohort))
         ctx, result = transcript.ctx.hex(), transcript.result
         said: dict[str, Any] = {"state": "released", "attempt": 1, "ctx": ctx}
+        share = {"U_size": len(cohort), "s_g_squared": admitted.shares[len(cohort) - admitted.minimum]} if (
+            admitted.shared
+        ) else {}  # fmt: skip
         for member in cohort:
-            self.keepers[member].append(Outcome, event_id=events[member], reason="upload_started", **said)
+            left = {"event_id": events[member], "reason": "upload_started", **share, **said}
+            self.keepers[member].append(Outcome, **left)
         digests = {
             "sum_digest": result.sum_digest.hex(),
             "model_digest": result.model_digest.hex(),

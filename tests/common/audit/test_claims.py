@@ -17,30 +17,35 @@ from common.admissible import check
 from common.audit.claims import POINTS, Facts, Register, read_facts
 from common.audit.evidence import Evidence
 from common.audit.notices import KINDS, roster_changes
+from common.audit.report import render
 from common.audit.sheet import NOT_COVERED, down, up
 from common.audit.verify import verify
 from common.console import envelope
-from common.identity import new_signing_key, public_key
+from common.identity import key_text, new_signing_key, public_key
 from common.ledger.entries import (
     Approval,
     Charge,
+    Closed,
+    Consent,
     Ended,
     Entry,
     Membership,
     Opened,
     Outcome,
+    Override,
     Pause,
     PolicyChange,
     Restored,
     Rules,
     decode,
 )
+from common.ledger.overrides import Proposal
 from common.privacy.accountant import Term, compose_epsilon, pld_epsilon
-from common.privacy.events import Event
+from common.privacy.events import Event, settled
 from common.privacy.filter import Cap, admits, odometer
 from common.roster import Member, Roster, SignedRoster
 from common.study import WITHOUT_MASKS, Manifest
-from tests.common.audit.federation import WITHOUT_DP, Federation, charged
+from tests.common.audit.federation import SHARED, WITHOUT_DP, Federation, charged
 
 DELTA = 1e-6
 POISSON: dict[str, Any] = {
@@ -122,19 +127,19 @@ def test_reserved_is_what_may_still_be_charged(federation: Federation) -> None:
     lose(federation, manifest, 2)
     facts = facts_of(federation)
     found, history = register(facts, "St. Mary"), events(federation, 1)
-    assert (found.reserved_rounds, register(facts, "Northgate").reserved_rounds) == (5, 6)
+    assert (found.reserved_rounds, register(facts, "Northgate").reserved_rounds) == (3, 3)
     for view, account in zip(("t", "w"), found.accounts, strict=True):
-        whole = odometer([*history, *[history[0]] * 5], DELTA, view)  # type: ignore[arg-type]
+        whole = odometer([*history, *[history[0]] * 3], DELTA, view)  # type: ignore[arg-type]
         assert account.spent + account.reserved == pytest.approx(whole)
         assert account.remaining == pytest.approx(3.0 - whole)
 
 
 def test_more_rounds_are_those_that_the_filter_admits(federation: Federation) -> None:
-    manifest = federation.submit(training__rounds=1, privacy__noise_multiplier=6.0)
+    manifest = federation.submit(training__rounds=3, privacy__noise_multiplier=6.0)
     federation.round(manifest, 1)
     found, history = register(facts_of(federation), "St. Mary"), events(federation, 1)
     reserved = [history[0]] * found.reserved_rounds
-    assert found.reserved_rounds == 3
+    assert found.reserved_rounds == 2
     count = 0
     while admits(history + reserved, fresh(history[0]), Cap(3.0, 3.0, DELTA)).admitted:
         history.append(fresh(history[0]))
@@ -167,21 +172,23 @@ def test_a_lowered_cap_counts_at_once(federation: Federation) -> None:
 def test_nothing_is_reserved_of_what_cannot_be_charged(federation: Federation) -> None:
     first = federation.submit()
     federation.round(first, 1)
-    assert {found.reserved_rounds for found in facts_of(federation).registers} == {5}
+    assert {found.reserved_rounds for found in facts_of(federation).registers} == {2}
     federation.keepers[1].append(
         Approval, manifest=first.digest.hex(), decision="denied", reason="A. Person: no"
     )
     federation.keepers[2].append(Restored, reason="A. Person: the disk broke")
     found = {found.hospital: found for found in facts_of(federation).registers}
-    assert [found[name].reserved_rounds for name in ("St. Mary", "Northgate", "Riverside")] == [0, 0, 5]
+    assert [found[name].reserved_rounds for name in ("St. Mary", "Northgate", "Riverside")] == [0, 0, 2]
     assert found["Northgate"].closed
     assert found["Northgate"].more_rounds == 0
     expired = [replace(evidence, time="2099-12-31T23:59Z") for evidence in federation.evidences()]
     assert {found.reserved_rounds for found in facts_of(federation, expired).registers} == {0}
     federation.end(first)
     assert {found.reserved_rounds for found in facts_of(federation).registers} == {0}
-    # Whether a study has ended is the hub's to say.
-    assert register(facts_of(federation, federation.evidences()[1:]), "Riverside").reserved_rounds == 5
+    # Whether a study has ended is the hub's to say, or the hospital's that closed it.
+    assert register(facts_of(federation, federation.evidences()[1:]), "Riverside").reserved_rounds == 2
+    federation.keepers[3].append(Closed, manifest=first.digest.hex())
+    assert register(facts_of(federation, federation.evidences()[1:]), "Riverside").reserved_rounds == 0
 
 
 def test_before_the_first_charge(federation: Federation) -> None:
@@ -413,6 +420,11 @@ def test_exceptions_stand_in_their_order(federation: Federation) -> None:
     gone = federation.keepers[2].member
     federation.hub.append(Membership, id=2, name=gone.name, fingerprint=gone.fingerprint, decision="revoked")
     federation.keepers[2].append(Restored, reason="N. Okafor: the disk broke")
+    signed = {key_text(public_key(new_signing_key())): "0" * 128 for _ in range(2)}
+    federation.keepers[4].append(
+        Override, action="raise_caps", register_id=federation.keepers[4].register, epsilon_t="4",
+        epsilon_w="5", size=1, reason="two people: a last study", signatures=signed,
+    )  # fmt: skip
     shown = federation.evidences()
 
     def spoil(entries: list[Entry]) -> None:
@@ -448,6 +460,10 @@ def test_exceptions_stand_in_their_order(federation: Federation) -> None:
     ]
     assert "over 3 of 4, without Holy Cross" in said["smaller cohort"].text
     assert "the disk broke" in said["restored"].text
+    over = said["override"].text
+    assert "epsilon_t 4, epsilon_w 5: two people: a last study" in over
+    assert all(key in over for key in signed)
+    assert f"OVERRIDE at Holy Cross, {over}." in render(facts).partition("FAILED")[0]
     assert "charged at Holy Cross" in said["no differential privacy"].text
     assert (said["never cosigned"].party, said["changed roster"].party) == ("St. Mary", "hub")
     lost = [n.text for n in facts.notices if n.kind == "charged without a result" and n.party == "Northgate"]
@@ -558,3 +574,174 @@ def test_documents_are_the_manifests(federation: Federation) -> None:
     )
     assert study.columns == ("age", "bmi", "readmitted")
     assert study.members == tuple(sorted(m.name for m in federation.roster.members))
+
+
+# -- overrides, consent, shared noise ------------------------------------------------------------------------
+
+
+def overridden(federation: Federation, action: str, epsilon: str) -> None:
+    """What 'override propose', 'sign' twice and 'apply' do, at the first hospital."""
+    site, officers = federation.keepers[1], [new_signing_key() for _ in range(2)]
+    named = tuple(key_text(public_key(key)) for key in officers)
+    known: dict[str, Any] = {
+        "officers": named,
+        "coordinators": (key_text(public_key(federation.coordinator)),),
+    }
+    site.append(PolicyChange, before=None, after=rules(**known))
+    head = site.ledger.head()
+    found = Proposal.model_validate(
+        {
+            "schema": 1, "action": action, "register_id": site.register, "epsilon_t": epsilon,
+            "epsilon_w": epsilon, "size": head.size, "root": head.root.hex(), "reason": "the board",
+        }
+    )  # fmt: skip
+    site.ledger.append(found.signed(officers[0]).signed(officers[1]).entry(site.actor))
+    after = rules(epsilon, **known | {"epsilon_w": epsilon, "max_round_minutes": 50})
+    site.append(PolicyChange, before=rules(**known), after=after)
+
+
+def test_raised_caps_are_claimed_and_checked(federation: Federation) -> None:
+    manifest = federation.submit(privacy__noise_multiplier=8.0)
+    federation.round(manifest, 1)
+    before = register(facts_of(federation), "St. Mary")
+    overridden(federation, "raise_caps", "4")
+    federation.round(manifest, 2)
+    facts = facts_of(federation)
+    assert facts.verdict == "verified"
+    found = register(facts, "St. Mary")
+    assert [account.cap for account in found.accounts] == [4.0, 4.0]
+    assert (found.more_rounds or 0) + 1 > (before.more_rounds or 0)
+    assert "(4.0, 0.000001)-DP if at most t" in {line.key: line.text for line in found.lines}["guarantee"]
+    assert facts.notices[0].kind == "override"
+    # A charge over what was in force then, and an override that nobody signed so.
+    shown = federation.evidences()
+
+    def other_caps(entries: list[Entry]) -> None:
+        at = next(index for index, entry in enumerate(entries) if isinstance(entry, Override))
+        entries[at] = entries[at].model_copy(update={"epsilon_t": "5"})
+
+    shown[1] = federation.rewritten(shown[1], other_caps)
+    failed = {
+        check.name: check.detail for check in verify(shown, federation.trust).checks if not check.passed
+    }
+    assert "the signature of the override does not verify" in failed["overrides"]
+    shown = federation.evidences()
+    shown[1] = federation.rewritten(
+        shown[1], lambda e: e.remove(next(x for x in e if isinstance(x, Override)))
+    )
+    failed = {
+        check.name: check.detail for check in verify(shown, federation.trust).checks if not check.passed
+    }
+    assert "under caps above those of the register" in failed["caps"]
+
+
+def test_a_reopened_register_says_so_first(federation: Federation) -> None:
+    manifest = federation.submit()
+    federation.round(manifest, 1)
+    federation.keepers[1].append(Restored, reason="A. Person: the disk broke")
+    assert register(facts_of(federation), "St. Mary").closed
+    overridden(federation, "reopen", "3")
+    federation.round(manifest, 2)
+    facts = facts_of(federation)
+    found = register(facts, "St. Mary")
+    assert (facts.verdict, found.closed, found.reopened) == ("verified", False, True)
+    assert "what may have been spent after the backup is unknown" in facts.notices[0].text
+    page = render(facts)
+    assert page.index("OVERRIDE at St. Mary") < page.index("VERIFIED")
+    assert "Reopened by override: what may have been spent after the backup is unknown" in page
+
+
+def test_consents_stand_with_the_decisions(federation: Federation) -> None:
+    manifest = federation.submit()
+    for decision in ("given", "withdrawn"):
+        said = {"manifest": manifest.digest.hex(), "decision": decision, "reason": f"A. Person: {decision}"}
+        federation.keepers[2].append(Consent, **said)
+    facts = facts_of(federation)
+    (course,) = [c for c in facts.studies[0].courses if c.hospital == "Northgate"]
+    assert [d.decision for d in course.decisions] == ["approved", "consent given", "consent withdrawn"]
+    assert "<strong>consent withdrawn</strong>: A. Person: withdrawn" in render(facts)
+
+
+def test_shared_noise_is_settled_at_the_cohorts_and_unmasked_at_each_upload(federation: Federation) -> None:
+    manifest = federation.submit(**SHARED)
+    federation.round(manifest, 1)
+    federation.round(manifest, 2, cohort=(1, 2, 3))
+    planned, shares = events(federation, 1), check(manifest, None).shares
+    site, ctx = federation.keepers[1], "ab" * 32
+    # A second attempt of round 2, in another cohort: at the least noise, and one more upload.
+    again = {"event_id": planned[1].event_id, "state": "released", "attempt": 2, "ctx": ctx}
+    site.append(Outcome, **again, U_size=4, s_g_squared=shares[1], reason="upload_started")
+    facts = facts_of(federation)
+    assert facts.verdict == "verified"
+    uploads = [[(4, shares[1])], [(3, shares[0]), (4, shares[1])]]
+    history = [settled(event, made) for event, made in zip(planned, uploads, strict=True)]
+    found = register(facts, "St. Mary")
+    for view, account in zip(("t", "w"), found.accounts, strict=True):
+        assert account.spent == odometer(history, DELTA, view)  # type: ignore[arg-type]
+    assert found.accounts[1].spent > found.accounts[0].spent
+    alone = [settled(planned[0], [u]) for u in uploads[0]] + [settled(planned[1], [u]) for u in uploads[1]]
+    lines = {line.key: line.text for line in found.lines}
+    worst = odometer([event.model_copy(update={"z_t": event.z_w}) for event in alone], DELTA, "w")
+    assert lines["masks_fail"].startswith(f"epsilon_w = {up(worst)}, composed over 3 uploads")
+    sheet = {line.key: line.text for line in facts.studies[0].sheet}
+    assert "one share of the noise" in sheet["trust"]
+    assert "one hospital's share in the largest cohort" in sheet["sigma"]
+    assert "OUTSIDERS ONLY" not in sheet["trust"]
+
+
+def test_outsiders_only_is_said_of_t_0(federation: Federation) -> None:
+    federation.submit(**SHARED, aggregation__colluders=0)
+    (study,) = facts_of(federation).studies
+    assert "OUTSIDERS ONLY: t = 0" in {line.key: line.text for line in study.sheet}["trust"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"s_g_squared": 2**40}, {"U_size": 3}, {"U_size": None, "s_g_squared": None}]
+)
+def test_a_settled_noise_is_the_studys(federation: Federation, change: dict[str, int | None]) -> None:
+    federation.round(federation.submit(**SHARED), 1)
+    shown = federation.evidences()
+
+    def other(entries: list[Entry]) -> None:
+        at = next(i for i, entry in enumerate(entries) if isinstance(entry, Outcome))
+        names = {"U_size": "u_size"}
+        entries[at] = entries[at].model_copy(update={names.get(k, k): v for k, v in change.items()})
+
+    shown[1] = federation.rewritten(shown[1], other)
+    failed = {
+        check.name: check.detail for check in verify(shown, federation.trust).checks if not check.passed
+    }
+    assert "another noise than its study gives" in failed["outcomes"]
+
+
+def test_what_was_settled_may_be_charged_again_and_no_more(federation: Federation) -> None:
+    """Cohorts smaller than the largest have more noise each: the ledger may hold more such rounds."""
+    manifest = federation.submit(**SHARED | {"privacy__noise_multiplier": 6.0}, training__rounds=200)
+    admitted, site = check(manifest, None), federation.keepers[1]
+    cap, uploads = Cap(3.0, 3.0, DELTA), (3, admitted.shares[0])
+    planned: list[Event] = []
+    history: list[Event] = []
+
+    def charge(number: int) -> Event:
+        event = admitted.event(site.register, number, 1, os.urandom(16).hex())
+        site.append(Charge, event=event.to_fields())
+        return event
+
+    for number in range(1, 200):
+        event = admitted.event(site.register, number, 1, os.urandom(16).hex())
+        if not admits(history, event, cap).admitted:
+            break
+        planned.append(charge(number))
+        history.append(settled(planned[-1], [uploads]))
+        said = {"event_id": planned[-1].event_id, "state": "released", "attempt": 1, "ctx": "ab" * 32}
+        site.append(Outcome, **said, U_size=3, s_g_squared=uploads[1], reason="upload_started")
+    assert 3 < len(planned) < 199
+    assert not admits(planned[:-1], planned[-1], cap).admitted
+
+    def failed() -> dict[str, str]:
+        found = verify([federation.evidence(1)], federation.trust)
+        return {check.name: check.detail for check in found.checks if not check.passed}
+
+    assert "caps" not in failed()
+    charge(len(planned) + 1)
+    assert "charges more than the caps in force admit" in failed()["caps"]

@@ -1,6 +1,7 @@
 """Transcripts of ``wardround audit …``: what is printed, in text and JSON, and how each command ends."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -19,6 +21,10 @@ from common.audit.payloads import member_name
 from common.audit.proofs import own_key, verify_proof
 from common.identity import fingerprint, public_key
 from common.ledger.entries import Approval, Pause, PolicyChange, Restored, Rules, decode
+from common.privacy import gate
+from common.privacy.clipping import sanitise
+from common.tasks import training
+from tests.canary_study import make
 from tests.common.audit.federation import Federation
 
 RULES = Rules.model_validate(
@@ -349,6 +355,76 @@ def test_diff_names_the_first_entry_that_differs(
     files[1].write_bytes(other.to_bytes())
     assert "entry 1 differs" in failure("diff", older, files[1], code=5, slug="audit.diff")
     failure("diff", older, files[2], code=2, slug="audit.files")
+
+
+# -- canaries ----------------------------------------------------------------------------------------------
+
+
+def test_canaries_pass_on_the_products_code(tmp_path: Path) -> None:
+    make(tmp_path)
+    result = run("canaries", tmp_path / "study.toml")
+    assert result.exit_code == 0, result.output
+    epsilon, sums, noise, label = result.stdout.splitlines()
+    said = re.fullmatch(
+        r"ok {4}epsilon  at least (\d+\.\d{4}) by 285 canaries, at most (\d\.\d{4}) by the accountant", epsilon
+    )
+    assert said
+    assert float(said[1]) < float(said[2])
+    assert re.fullmatch(r"ok {4}sums +within \de-1\d clip norms of those computed patient by patient", sums)
+    assert re.fullmatch(
+        r"ok {4}noise    (0\.[89]|1\.[01])\d+ times the stated variance, over 760 numbers", noise
+    )
+    assert label == "code check on public data, 95 %: 20 of 20 rounds, delta 1e-06"
+
+
+def test_canaries_say_all_of_it_in_json(tmp_path: Path) -> None:
+    manifest = make(tmp_path, z=2.0)
+    found = data("canaries", tmp_path / "study.toml", "--delta", "0.0001", "--seed", "4")
+    assert found["label"] == "code check on public data, 95 %"
+    assert found["manifest"] == manifest.digest.hex()
+    assert (found["flags"], found["delta"], found["rounds"], found["planned_rounds"]) == ([], 1e-4, 20, 20)
+    assert 0 <= found["lower"] < found["upper"]
+    # Such a claim is above what that many canaries could contradict, which is said.
+    assert found["upper"] > found["largest"]
+    assert "the accountant, more than they can deny" in run("canaries", tmp_path / "study.toml").stdout
+
+
+def test_canaries_flag_missing_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    monkeypatch.setattr(gate, "discrete_gaussian", lambda _variance, size, _entropy: np.zeros(size, np.int64))
+    result = run("canaries", tmp_path / "study.toml")
+    assert result.exit_code == 5
+    assert [line[:4] for line in result.stdout.splitlines()] == ["FAIL", "ok  ", "FAIL", "code"]
+    found = data("canaries", tmp_path / "study.toml", code=5, slug="audit.canaries")
+    assert found["flags"] == ["epsilon", "noise"]
+    assert found["lower"] > found["upper"]
+
+
+def test_canaries_flag_missing_clipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path)
+    monkeypatch.setattr(training, "clip", lambda vectors, _norm: sanitise(vectors))
+    found = data("canaries", tmp_path / "study.toml", code=5, slug="audit.canaries")
+    assert set(found["flags"]) >= {"epsilon", "sums"}
+
+
+def test_canaries_read_studies_out_of_evidence(ran: Federation, tmp_path: Path) -> None:
+    """The private study's document runs; the other one claims nothing; broken ones are no studies."""
+    private, plain = ran.documents
+    for digest in (private, plain):
+        (tmp_path / f"{digest.hex()}.study").write_bytes(ran.documents[digest])
+    found = data("canaries", tmp_path / f"{private.hex()}.study")
+    assert (found["manifest"], found["flags"]) == (private.hex(), [])
+    failure("canaries", tmp_path / f"{plain.hex()}.study", code=2, slug="audit.no-privacy")
+    (tmp_path / "cut.study").write_bytes(ran.documents[private][:-1])
+    assert run("canaries", tmp_path / "cut.study").exit_code == 5
+
+
+def test_canaries_refuse_what_is_no_study(tmp_path: Path) -> None:
+    failure("canaries", tmp_path / "none.toml", code=2, slug="study.file")
+    (tmp_path / "bad.toml").write_text("name = 1")
+    assert run("canaries", tmp_path / "bad.toml").exit_code == 2
+    make(tmp_path)
+    failure("canaries", tmp_path / "study.toml", "--delta", "0", code=2, slug="privacy.delta")
 
 
 # -- the group ---------------------------------------------------------------------------------------------

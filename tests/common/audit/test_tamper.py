@@ -24,6 +24,7 @@ from common.ledger.entries import (
     Membership,
     Opened,
     Outcome,
+    Override,
     PolicyChange,
     Rules,
     Submission,
@@ -277,6 +278,15 @@ def replayed(ran: Federation, evidence: Evidence) -> Evidence:
     )
 
 
+def unsigned(entries: Entries) -> Entry:
+    """Caps raised with one key's word, which is nobody's that the policy names."""
+    opened = entries[0]
+    assert isinstance(opened, Opened)
+    caps = {"epsilon_t": "9", "epsilon_w": "9", "register_id": opened.register_id, "size": len(entries)}
+    said = {"actor": opened.actor, "time": entries[-1].time, "reason": "the board", "action": "raise_caps"}
+    return Override.model_validate({**said, **caps, "signatures": {opened.actor: "0" * 128}})
+
+
 def forbidding(opened: Entry) -> Entry:
     assert isinstance(opened, Opened)
     rules = {
@@ -436,6 +446,7 @@ TABLE: list[tuple[str, int, Change, str, str]] = [
     ("a charge of no study", MARY, rewrite(lambda e: put_event(e, manifest_digest="ab" * 32)), MARYS, "charges"),
     ("a lowered cap", MARY, rewrite(lambda e: put(e, Opened, epsilon_t="0.5")), MARYS, "caps"),
     ("a policy that forbids it", MARY, rewrite(lambda e: e.insert(1, forbidding(e[0]))), MARYS, "policy"),
+    ("an override that nobody signed", MARY, rewrite(lambda e: e.append(unsigned(e))), MARYS, "overrides"),
     ("a second register", MARY, rewrite(lambda e: e.append(e[0].model_copy(update={"register_id": "ab" * 16, "time": e[-1].time}))), MARYS, "register"),
     ("a charge left out", MARY, rewrite(lambda e: e.__delitem__(slice(2, 5))), MARYS, "charged-as-completed"),
     ("an upload left out", MARY, rewrite(lambda e: drop(e, Outcome)), MARYS, "outcomes"),

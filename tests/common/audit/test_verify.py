@@ -44,6 +44,7 @@ SITE = {
     "approvals",
     "approval-before-charge",
     "charges",
+    "overrides",
     "caps",
     "policy",
     "outcomes",

@@ -83,6 +83,8 @@ def kinds_hold(page: str) -> None:
     def due(kind: Kind) -> tuple[str, str]:
         if kind is messages.STUDY:
             return "document", "a decision"
+        if kind is messages.CONSENT:
+            return "-", "a decision"
         return told(kind.request, kind.many_requests), told(kind.reply, kind.many_replies)
 
     said = {
