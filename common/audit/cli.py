@@ -1,10 +1,12 @@
 """``wardround audit …``: what an auditor runs, on files alone.
 
 Source: DESIGN "Three people, one program"; notes/users.md section 3.4. Rules: nothing here opens a connection
-or a private key, or imports torch or flwr; what was not verified is said; exit 5 unless everything is.
+or a private key, or imports flwr, or torch but for ``canaries``; what was not verified is said; exit 5 unless
+everything is.
 """
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.audit import proofs
+from common.audit.canaries import LABEL, check_canaries, read_manifest
 from common.audit.claims import read_facts
 from common.audit.evidence import read_evidence
 from common.audit.openings import keeps_payloads, recomputed
@@ -28,7 +31,7 @@ from common.console import JsonFlag, Outcome, command
 from common.encoding import base64_text
 from common.errors import RefusedError, UsageError
 from common.identity import fingerprint
-from common.ledger.entries import Approval, Charge, Completed, Entry, Pause, PolicyChange, Restored
+from common.ledger.entries import Approval, Charge, Completed, Consent, Entry, Pause, PolicyChange, Restored
 from common.witness import HUB
 
 app = typer.Typer(help="Verify evidence offline, report, see budgets.", no_args_is_help=True)
@@ -44,6 +47,10 @@ _WHAT: Final[Mapping[str, str]] = {
     "approval": "{decision} {study}: ",
     "pause": "{decision}: ",
     "restored": "",
+    "override": "{action}, epsilon {epsilon_t} and {other}: {reason}",
+    "consent": "{decision} {study}: ",
+    "closed": "{study}",
+    "opt_outs": "{digest:.12}",
     "charge": "round {round} of {study}",
     "outcome": "{reason}, attempt {attempt}, event {event_id:.12}",
     "membership": "{decision} {id} {name}, {fingerprint}",
@@ -213,7 +220,7 @@ def _write(out: Path, text: str) -> None:
 
 def _line(entry: Entry, owner: str) -> str:
     who, what = owner, _what(entry)
-    if isinstance(entry, Approval | Pause | Restored):
+    if isinstance(entry, Approval | Pause | Restored | Consent):
         person, separator, words = entry.reason.partition(": ")
         who, what = (person, f"{what}{words}") if separator else (owner, f"{what}{entry.reason}")
     return f"{entry.seq:>6}  {entry.time}  {entry.type:<10}  {who}  {what}"
@@ -270,3 +277,26 @@ def budgets(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) ->
     registers = [asdict(found) for found in facts.registers]
     data = {"registers": registers, "verdict": facts.verdict, "missing": facts.missing}
     return _judged(facts.verdict, text, data)
+
+
+@app.command("canaries")
+@command
+def canaries_command(
+    study: Annotated[Path, typer.Argument(help="A study's TOML file, or studies/*.study out of evidence.")],
+    delta: Annotated[float, typer.Option(help="Delta of both bounds on epsilon.")] = 1e-6,
+    seed: Annotated[int, typer.Option(help="Makes the synthetic rows; noise and coins never.", min=0)] = 0,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Run a study's code once on synthetic patients: does it keep what it states of privacy?"""
+    found = check_canaries(read_manifest(study), delta, seed, os.urandom)
+    flags = found["flags"]
+    upper, beyond = found["upper"], "" if found["upper"] < found["largest"] else ", more than they can deny"
+    lines = {
+        "epsilon": f"at least {found['lower']:.4f} by {found['canaries']} canaries, "
+        f"at most {up(upper)} by the accountant{beyond}",
+        "sums": f"within {found['sum_error']:.1g} clip norms of those computed patient by patient",
+        "noise": f"{found['noise_ratio']:.4f} times the stated variance, over {found['noise_count']} numbers",
+    }
+    text = [f"{'FAIL' if name in flags else 'ok  '}  {name:<7}  {said}" for name, said in lines.items()]
+    text.append(f"{LABEL}: {found['rounds']} of {found['planned_rounds']} rounds, delta {delta:g}")
+    return Outcome("\n".join(text), found, "", 5 if flags else 0, "audit.canaries" if flags else "ok")

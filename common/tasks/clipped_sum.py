@@ -12,9 +12,9 @@ calls of the layer) the gradient is the sum of b_t a_t^T. Its squared norm G is 
 |a_t||b_t|, cannot, so the norm is taken as max(sqrt(G + 2 (d + p + T^2) 2^-53 A^2), A / 1024).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from torch.nn import functional
 from common.errors import RefusedError
 
 Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Positions: TypeAlias = torch.Tensor
+Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+Layers: TypeAlias = dict[nn.Module, dict[str, nn.Parameter]]
 
 PIECE_ROWS: Final = 4096
 """Rows of one forward and backward pass, at the least one patient's. It bounds memory, not the result."""
@@ -43,54 +44,54 @@ class _Captured:
     """A layer's inputs a [n, T, d], or indices [n, T], and output gradients b [n, T, p]: T places a row."""
 
     layer: nn.Module
-    a: Positions
-    b: Positions
+    a: torch.Tensor
+    b: torch.Tensor
 
-    def units(self, index: torch.Tensor, mask: torch.Tensor) -> "_Captured":
-        """The same with units for rows: rows ``index`` [units, m], absent where ``mask`` is False."""
-        # Not multiplied by zero: what is absent may be another patient's, and not finite.
-        a, b = (
-            x[index].masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 1)), 0) for x in (self.a, self.b)
-        )
-        return _Captured(self.layer, a.flatten(1, 2), b.flatten(1, 2))
+    def units(self, rows: slice | NDArray[np.intp], present: NDArray[np.bool_]) -> "_Captured":
+        """The same with units for rows: ``rows`` in order where ``present`` [units, m], zero elsewhere."""
+        return _Captured(self.layer, *(_padded(x[rows], present) for x in (self.a, self.b)))
 
     def squared_norms(self) -> torch.Tensor:
         """Squared norm of each unit's gradient, from above, float64 [units]; not finite where that is not."""
-        b = self.b.double()
         one = float(getattr(self.layer, "bias", None) is not None)
-        if isinstance(self.layer, nn.Linear):
-            a = self.a.double()
+        linear = isinstance(self.layer, nn.Linear)
+        positions, width, terms = self.b.shape[1], self.a.shape[-1], self.a.shape[-1] + 1 + self.b.shape[2]
+        if linear and positions == 1:
+            # By numpy: a call of it costs a third of one of torch.
+            x, y = (np.vecdot(v, v, dtype=np.float64)[:, 0] for v in (self.a.numpy(), self.b.numpy()))
+            return torch.from_numpy((x + one) * y * self._excess(terms))
+        a, b = self.a.double(), self.b.double()
+        if linear and 2 * positions**2 <= (width + one) * b.shape[2]:
+            return self._from_products((a @ a.mT).add_(one).mul_(b @ b.mT), terms)
+        if linear:
             sizes = (a.square().sum(2) + one).sqrt() * b.square().sum(2).sqrt()
-            total, (positions, width) = sizes.sum(1), a.shape[1:]
-            if positions == 1:
-                squared = sizes.square().sum(1)
-            elif 2 * positions**2 <= (width + one) * b.shape[2]:
-                squared = ((a @ a.mT + one) * (b @ b.mT)).sum((1, 2))
-            else:
-                squared = (b.mT @ a).square().sum((1, 2)) + one * b.sum(1).square().sum(1)
-            return self._from_above(squared, total, width + 1 + b.shape[2])
+            squared = (b.mT @ a).square().sum((1, 2)) + one * b.sum(1).square().sum(1)
+            return self._from_above(squared, sizes.sum(1), terms)
         if isinstance(self.layer, nn.Embedding):
             same = self.a[:, :, None] == self.a[:, None, :]
-            total = b.square().sum(2).sqrt().sum(1)
-            return self._from_above((same * (b @ b.mT)).sum((1, 2)), total, 1 + b.shape[2])
-        scaled = self.a.double() * b
+            return self._from_products(same * (b @ b.mT), 1 + b.shape[2])
+        scaled = a * b
         total = scaled.square().sum(2).sqrt().sum(1) + one * b.square().sum(2).sqrt().sum(1)
         squared = scaled.sum(1).square().sum(1) + one * b.sum(1).square().sum(1)
         return self._from_above(squared, total, 2 * b.shape[2])
 
+    def _from_products(self, products: torch.Tensor, terms: int) -> torch.Tensor:
+        """``_from_above`` of (a_s a_t)(b_s b_t), [units, T, T]."""
+        total = products.diagonal(dim1=1, dim2=2).sqrt().sum(1)
+        return self._from_above(products.sum((1, 2)), total, terms)
+
     def _from_above(self, squared: torch.Tensor, total: torch.Tensor, terms: int) -> torch.Tensor:
         """A bound on the squared norm that no cancellation gets under."""
-        rounding = 2 * (terms + self.b.shape[1] ** 2) * _UNIT_ROUNDOFF
         size = total.square()
-        return torch.maximum(squared.clamp(min=0) + rounding * size, size / _CANCELLATION**2)
+        squared = squared.clamp(min=0) + (self._excess(terms) - 1) * size
+        return torch.maximum(squared, size / _CANCELLATION**2)
+
+    def _excess(self, terms: int) -> float:
+        return 1 + 2 * (terms + self.b.shape[1] ** 2) * _UNIT_ROUNDOFF
 
     def contract(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The gradient, by parameter, of the rows weighted by ``weights`` [n]; without those of weight 0."""
-        live = weights != 0
-        a, b, weights = (
-            (self.a, self.b, weights) if bool(live.all()) else (self.a[live], self.b[live], weights[live])
-        )
-        b = b * weights.to(b.dtype)[:, None, None]
+        """The gradient, by parameter, of the rows weighted by ``weights`` [n]."""
+        a, b = self.a, self.b * weights.to(self.b.dtype)[:, None, None]
         if isinstance(self.layer, nn.Linear):
             weight = b.flatten(0, 1).T @ a.flatten(0, 1)
         elif isinstance(self.layer, nn.Embedding):
@@ -101,32 +102,32 @@ class _Captured:
         return {"weight": weight, "bias": b.sum((0, 1))}
 
 
-def check_supported(module: nn.Module) -> None:
-    """Refuse a module that has a parameter outside the layers with a rule, or that mixes rows.
+def check_supported(module: nn.Module) -> Layers:
+    """The layers that have parameters; refuses one without a rule, or that mixes rows.
 
     Raises: RefusedError naming the layer and the remedy.
     """
     seen: set[int] = set()
+    layers: Layers = {}
     for name, layer in module.named_modules():
-        own = list(layer.parameters(recurse=False))
+        own = {key: p for key, p in layer._parameters.items() if p is not None}
+        ids = set(map(id, own.values()))
+        fault = None
         if isinstance(layer, nn.modules.batchnorm._NormBase):
-            raise _refusal(
-                name, layer, "computes with other patients' rows", "Use nn.GroupNorm or nn.LayerNorm."
-            )
-        if own and type(layer) not in _LAYERS:
-            raise _refusal(
-                name, layer, "has no clipping rule", "Build it from nn.Linear layers, or use Opacus."
-            )
-        if isinstance(layer, nn.Embedding) and (
+            fault = "computes with other patients' rows", "Use nn.GroupNorm or nn.LayerNorm."
+        elif own and type(layer) not in _LAYERS:
+            fault = "has no clipping rule", "Build it from nn.Linear layers, or use Opacus."
+        elif isinstance(layer, nn.Embedding) and (
             layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
         ):
-            raise _refusal(name, layer, "changes its gradients by itself", "Leave out its options.")
-        for parameter in own:
-            if id(parameter) in seen or not parameter.requires_grad:
-                raise _refusal(
-                    name, layer, "shares or freezes a parameter", "Train each parameter in one layer."
-                )
-            seen.add(id(parameter))
+            fault = "changes its gradients by itself", "Leave out its options."
+        elif ids & seen or len(ids) < len(own) or not all(p.requires_grad for p in own.values()):
+            fault = "shares or freezes a parameter", "Train each parameter in one layer."
+        if fault:
+            raise _refusal(name, layer, *fault)
+        seen |= ids
+        layers |= {layer: own} if own else {}
+    return layers
 
 
 def _refusal(name: str, layer: nn.Module, problem: str, remedy: str) -> RefusedError:
@@ -158,18 +159,21 @@ def clipped_sum(
     Assumes: the module computes each row alone.
     Raises: RefusedError as ``check_supported``, or when a layer sees other than one entry a row.
     """
-    check_supported(module)
-    names = {id(p): name for name, p in module.named_parameters()}
-    total = {name: np.zeros(p.shape) for name, p in module.named_parameters()}
+    layers = check_supported(module)
+    total = {layer: {name: np.zeros(p.shape) for name, p in own.items()} for layer, own in layers.items()}
     for rows in _pieces(patients, piece_rows):
-        captured = _captured(module, inputs[rows], labels[rows], loss)
-        with torch.no_grad():
-            weights = _scales(captured, patients[rows], clip_norm)
-            for one in captured:
-                found = one.contract(weights)
-                for own, parameter in one.layer.named_parameters(recurse=False):
-                    total[names[id(parameter)]] += found[own].double().numpy()
-    return np.concatenate([part.ravel() for part in total.values()])
+        captured = _captured(module, layers, inputs[rows], labels[rows], loss)
+        weights = _scales(captured, patients[rows], clip_norm)
+        if not weights.numpy().all():
+            # Not multiplied by zero: what is not finite has to go.
+            live = weights != 0
+            weights = weights[live]
+            captured = [_Captured(one.layer, one.a[live], one.b[live]) for one in captured]
+        for one in captured:
+            found = one.contract(weights)
+            for name, part in total[one.layer].items():
+                part += found[name].double().numpy()
+    return np.concatenate([part.ravel() for own in total.values() for part in own.values()])
 
 
 def _pieces(patients: NDArray[np.int64], piece_rows: int) -> Iterator[slice]:
@@ -184,8 +188,10 @@ def _pieces(patients: NDArray[np.int64], piece_rows: int) -> Iterator[slice]:
         begin = stop
 
 
-def _captured(module: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, loss: Loss) -> list[_Captured]:
-    """Inputs and output gradients of every layer with parameters that took part."""
+def _captured(
+    module: nn.Module, layers: Layers, inputs: torch.Tensor, labels: torch.Tensor, loss: Loss
+) -> list[_Captured]:
+    """Inputs and output gradients of every one of the layers that took part."""
     calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
 
     def keep(layer: nn.Module, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -193,7 +199,6 @@ def _captured(module: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, los
             raise _refusal("", layer, "does not see one entry a row", "Keep the rows in the first dimension.")
         calls.append((layer, given[0].detach(), output))
 
-    layers = [layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None]
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         with torch.enable_grad():
@@ -203,54 +208,43 @@ def _captured(module: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, los
     finally:
         for hook in hooks:
             hook.remove()
-    found: dict[nn.Module, list[tuple[Positions, Positions]]] = {}
+    found: dict[nn.Module, list[Pair]] = {}
     for (layer, given, _), gradient in zip(calls, gradients, strict=True):
-        if gradient is None:
-            continue
-        found.setdefault(layer, []).append(_LAYERS[type(layer)](layer, given, gradient))
+        if gradient is not None:
+            found.setdefault(layer, []).append(_LAYERS[type(layer)](layer, given, gradient))
     return [_Captured(layer, *_joined(parts)) for layer, parts in found.items()]
 
 
-def _joined(parts: Sequence[tuple[Positions, Positions]]) -> tuple[Positions, Positions]:
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([a for a, _ in parts], 1), torch.cat([b for _, b in parts], 1)
+def _joined(parts: Sequence[Pair]) -> Iterable[torch.Tensor]:
+    return parts[0] if len(parts) == 1 else (torch.cat(x, 1) for x in zip(*parts, strict=True))
 
 
-def _of_linear(_layer: nn.Module, given: torch.Tensor, gradient: torch.Tensor) -> tuple[Positions, Positions]:
+def _of_linear(_layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> Pair:
     n = len(given)
     return given.reshape(n, -1, given.shape[-1]), gradient.reshape(n, -1, gradient.shape[-1])
 
 
-def _of_embedding(
-    layer: nn.Module, given: torch.Tensor, gradient: torch.Tensor
-) -> tuple[Positions, Positions]:
+def _of_embedding(layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> Pair:
     indices = given.reshape(len(given), -1)
     gradient = gradient.reshape(len(given), -1, gradient.shape[-1])
-    if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+    if layer.padding_idx is not None:
         gradient = gradient * (indices != layer.padding_idx)[:, :, None]
     return indices, gradient
 
 
-def _of_layer_norm(
-    layer: nn.Module, given: torch.Tensor, gradient: torch.Tensor
-) -> tuple[Positions, Positions]:
-    if not isinstance(layer, nn.LayerNorm) or len(layer.normalized_shape) != 1:
+def _of_layer_norm(layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> Pair:
+    if len(layer.normalized_shape) != 1:
         raise _refusal("", layer, "normalises over several dimensions", "Normalise over the last one.")
     return _of_linear(layer, functional.layer_norm(given, layer.normalized_shape, eps=layer.eps), gradient)
 
 
-def _of_group_norm(
-    layer: nn.Module, given: torch.Tensor, gradient: torch.Tensor
-) -> tuple[Positions, Positions]:
-    if not isinstance(layer, nn.GroupNorm):
-        raise _refusal("", layer, "is no nn.GroupNorm", "Use nn.GroupNorm.")
+def _of_group_norm(layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> Pair:
     shape = (len(given), layer.num_channels, -1)
     normal = functional.group_norm(given, layer.num_groups, eps=layer.eps)
     return normal.reshape(shape).mT, gradient.reshape(shape).mT
 
 
-_LAYERS: Final[dict[type[nn.Module], Callable[..., tuple[Positions, Positions]]]] = {
+_LAYERS: Final[dict[type[nn.Module], Callable[..., Pair]]] = {
     nn.Linear: _of_linear,
     nn.Embedding: _of_embedding,
     nn.LayerNorm: _of_layer_norm,
@@ -260,25 +254,33 @@ _LAYERS: Final[dict[type[nn.Module], Callable[..., tuple[Positions, Positions]]]
 
 def _scales(captured: Sequence[_Captured], patients: NDArray[np.int64], clip_norm: float) -> torch.Tensor:
     """c of each row's patient, float64 [n]: 0 where the norm is not finite."""
-    first = np.flatnonzero(np.concatenate([[True], patients[1:] != patients[:-1]]))
-    counts = np.diff(np.append(first, len(patients)))
-    if len(first) == len(patients):
+    starts = patients[1:] != patients[:-1]
+    if starts.all():
         return _scale(captured, clip_norm)
-    scales = torch.zeros(len(first), dtype=torch.float64)
+    first = np.flatnonzero(np.concatenate([[True], starts]))
+    counts = np.diff(np.append(first, len(patients)))
+    scales = np.zeros(len(first))
     for group in _groups(counts):
-        most = int(counts[group].max())
-        place = np.arange(most)[None, :]
-        mask = torch.from_numpy(place < counts[group][:, None])
-        index = torch.from_numpy(np.minimum(first[group][:, None] + place, len(patients) - 1))
-        scales[group] = _scale([one.units(index, mask) for one in captured], clip_norm)
-    return scales.repeat_interleave(torch.from_numpy(counts))
+        place = np.arange(counts[group].max())
+        present = place < counts[group][:, None]
+        rows = slice(None) if len(group) == len(counts) else (first[group][:, None] + place)[present]
+        scales[group] = _scale((one.units(rows, present) for one in captured), clip_norm).numpy()
+    return torch.from_numpy(np.repeat(scales, counts))
 
 
-def _scale(units: Sequence[_Captured], clip_norm: float) -> torch.Tensor:
-    squared = sum((one.squared_norms() for one in units), torch.zeros(()))
-    norm = squared.sqrt() * _SLACK + _SMALLEST
-    scale = (clip_norm / norm).clamp(max=1.0)
-    return torch.where(norm.isfinite(), scale, torch.zeros_like(scale))
+def _padded(rows: torch.Tensor, present: NDArray[np.bool_]) -> torch.Tensor:
+    """``rows`` [k, T, d] where ``present`` [units, m], in order, and zeros, as float64: [units, m T, d]."""
+    padded = np.zeros((*present.shape, *rows.shape[1:]), np.float64 if rows.is_floating_point() else np.int64)
+    padded[present] = rows.numpy()
+    return torch.from_numpy(padded).flatten(1, 2)
+
+
+def _scale(units: Iterable[_Captured], clip_norm: float) -> torch.Tensor:
+    with np.errstate(all="ignore"):
+        squared = sum(one.squared_norms().numpy() for one in units)
+        scale = np.minimum(clip_norm / (np.sqrt(squared) * _SLACK + _SMALLEST), 1.0)
+        # An infinite norm gives 0 by itself; of NaN and 0, fmax takes 0.
+        return torch.from_numpy(np.fmax(scale, 0.0))
 
 
 def _groups(counts: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:

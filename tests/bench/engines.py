@@ -7,7 +7,8 @@ the layout that is fastest for it: patients as rows, their own rows as positions
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -30,8 +31,8 @@ PATIENTS = 256
 FEATURES = 30
 CLIP = 1.0
 RATE: Final = 0.01
-TURNS = 120
-CALLS = 5
+WARM, TURNS = 30, 400
+BLOCK, BLOCKS = 20, 20
 
 
 @contextmanager
@@ -39,24 +40,23 @@ def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with one_core():
+        with one_core(), warnings.catch_warnings():
+            # Opacus hooks a first layer, whose inputs have no gradient.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
             yield
     finally:
         torch.set_num_threads(before)
 
 
-def cpu_medians(steps: Sequence[Step], turns: int = TURNS) -> list[float]:
+def cpu_medians(*steps: Step, turns: int = TURNS) -> list[float]:
     """The median CPU seconds of each step, of all threads of the process; the steps take turns."""
-    for step in steps:
-        for _ in range(3 * CALLS):
-            step()
     taken: list[list[float]] = [[] for _ in steps]
-    for _ in range(turns):
+    for turn in range(WARM + turns):
         for times, step in zip(taken, steps, strict=True):
             started = time.process_time()
-            for _ in range(CALLS):
-                step()
-            times.append((time.process_time() - started) / CALLS)
+            step()
+            if turn >= WARM:
+                times.append(time.process_time() - started)
     return [statistics.median(times) for times in taken]
 
 
@@ -108,14 +108,15 @@ def plain(module: nn.Module, rows: Batch) -> Step:
 
 
 def bookkeeping(module: nn.Module, rows: Batch) -> Step:
-    parameters = list(module.parameters())
-    sizes = [p.numel() for p in parameters]
+    parameters = [p.detach().numpy().reshape(-1) for p in module.parameters()]
+    ends = np.cumsum([p.size for p in parameters])
+    slices = [slice(end - p.size, end) for p, end in zip(parameters, ends, strict=True)]
 
     def step() -> None:
         found = clipped_sum(module, rows.x, rows.y, rows.patients, losses, CLIP)
-        with torch.no_grad():
-            for p, part in zip(parameters, torch.from_numpy(found).float().split(sizes), strict=True):
-                p.sub_(part.view_as(p), alpha=RATE / PATIENTS)
+        found *= RATE / PATIENTS
+        for p, own in zip(parameters, slices, strict=True):
+            p -= found[own]
 
     return step
 
@@ -182,19 +183,36 @@ def mlp() -> nn.Module:
     )
 
 
+def in_a_row(step: Step) -> Step:
+    def block() -> None:
+        for _ in range(BLOCK):
+            step()
+
+    return block
+
+
 def compared(name: str, make: Callable[[], nn.Module], most: int, target: float) -> list[Result]:
     torch.manual_seed(7)
     module, rows = make(), batch(most)
     agree(module, rows, bookkeeping, hooks, ghost)
-    plain_s, ours_s, hooks_s, ghost_s = cpu_medians(
-        [way(copy.deepcopy(module), rows) for way in (plain, bookkeeping, hooks, ghost)]
+    # In pairs: what a third engine leaves in the caches of the processor is no cost of these two.
+    plain_s, ours_s = cpu_medians(
+        plain(copy.deepcopy(module), rows), bookkeeping(copy.deepcopy(module), rows)
     )
-    best, mode = min((hooks_s, "hooks"), (ghost_s, "ghost clipping"))
-    return [
+    # Steps in a row, as in training, find the processor's caches warm: a small plain step gains most by it.
+    blocks = [in_a_row(way(copy.deepcopy(module), rows)) for way in (plain, bookkeeping)]
+    plain_row_s, ours_row_s = cpu_medians(*blocks, turns=BLOCKS)
+    results = [
         Result(f"engines.{name}: plain SGD step", plain_s * 1e6, "µs"),
         Result(f"engines.{name}: book-keeping / plain", ours_s / plain_s, "x", target),
-        Result(f"engines.{name}: Opacus at best ({mode}) / plain", best / plain_s, "x"),
+        Result(f"engines.{name}: book-keeping / plain, {BLOCK} in a row", ours_row_s / plain_row_s, "x"),
     ]
+    ratios = {}
+    for way in (hooks, ghost):
+        plain_s, theirs_s = cpu_medians(plain(copy.deepcopy(module), rows), way(copy.deepcopy(module), rows))
+        ratios[way.__name__] = theirs_s / plain_s
+    mode = min(ratios, key=ratios.__getitem__)
+    return [*results, Result(f"engines.{name}: Opacus at its best ({mode}) / plain", ratios[mode], "x")]
 
 
 def run() -> list[Result]:

@@ -366,7 +366,8 @@ def test_canaries_pass_on_the_products_code(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     epsilon, sums, noise, label = result.stdout.splitlines()
     said = re.fullmatch(
-        r"ok {4}epsilon  at least (\d+\.\d{4}) by 285 canaries, at most (\d\.\d{4}) by the accountant", epsilon
+        r"ok {4}epsilon  at least (\d+\.\d{4}) by 285 canaries, at most (\d\.\d{4}) by the accountant",
+        epsilon,
     )
     assert said
     assert float(said[1]) < float(said[2])
