@@ -8,7 +8,7 @@ is shown as what has changed since.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from client.guard import Guard
 from client.settings import DataSource
@@ -20,9 +20,12 @@ from common.errors import ContractError
 from common.identity import fingerprint, key_bytes, read_secret
 from common.ledger.entries import Approval
 from common.ledger.store import Ledger
+from common.privacy.events import Event
 from common.privacy.filter import odometer
 from common.roster import Roster
 from common.study import DifferentialPrivacy, Manifest
+
+WHO: Final = ("while at most t collude", "if all other hospitals do")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,9 @@ class Review:
     changes: tuple[Change, ...]
     new_fingerprints: dict[str, str]
     rounds_left: int | None
-    planned_epsilon: float
-    largest_epsilon: float
+    planned_epsilon: tuple[float, float]
+    largest_epsilon: tuple[float, float]
+    caps: tuple[float, float]
     guard: Guard
     split_key: bytes
 
@@ -75,9 +79,12 @@ class Review:
         """
         contract = self.manifest.study.contract
         table = load_table(self.source.kind, self.source.path, contract, key=self.split_key, part="train")
-        privacy = self.manifest.study.privacy
-        if table.patients < 1:
-            raise ContractError("contract.empty", f"{self.source.path} holds no usable patient")
+        table = table.without(self.guard.opt_outs(self.manifest))
+        privacy, fewest = self.manifest.study.privacy, self.guard.policy.rules.minimum_patients
+        if table.patients < fewest:
+            problem = f"{self.source.path} holds fewer usable patients than the {fewest} of minimum_patients"
+            remedy = "Deny the study, or lower minimum_patients in policy.toml; the hub learns neither."
+            raise ContractError("contract.minimum-patients", problem, remedy=remedy)
         if isinstance(privacy, DifferentialPrivacy) and table.patients > privacy.max_patients:
             problem = f"{self.source.path} holds more patients than the study's privacy.max_patients"
             remedy = "Ask the coordinator for a study with a higher max_patients."
@@ -92,8 +99,11 @@ class Review:
             "members": [party.name for party in self.manifest.members],
             "rounds": self.manifest.study.training.rounds,
             "rounds_max": self.manifest.study.aggregation.rounds_max,
-            "planned_epsilon": self.planned_epsilon,
-            "largest_epsilon": self.largest_epsilon,
+            "planned_epsilon": self.planned_epsilon[0],
+            "planned_epsilon_w": self.planned_epsilon[1],
+            "largest_epsilon": self.largest_epsilon[0],
+            "largest_epsilon_w": self.largest_epsilon[1],
+            "consents": list(self.manifest.study.consents),
             "rounds_left": self.rounds_left,
             "new_fingerprints": self.new_fingerprints,
             "earlier": self.earlier,
@@ -115,19 +125,29 @@ class Review:
             f"n - m = {n - m}",
             f"charges      {training.rounds} rounds as planned, at most {aggregation.rounds_max}: "
             "a lost round is computed and charged again",
+            f"consents     {', '.join(study.consents) or 'none'} before a model leaves the hub's circle",
             f"expires      {study.expires}",
         ]
         if isinstance(study.privacy, DifferentialPrivacy):
             lines += [
-                f"privacy      the study alone would spend epsilon {self.planned_epsilon:.4f} as planned, "
-                f"at most {self.largest_epsilon:.4f}",
-                f"budget       the register could pay {self.rounds_left} such rounds",
+                "privacy      the study alone would spend, as planned and at most:",
+                *(
+                    f"             epsilon {planned:.4f}, {most:.4f} of {cap:g} {who}"
+                    for planned, most, cap, who in zip(
+                        self.planned_epsilon, self.largest_epsilon, self.caps, WHO, strict=True
+                    )
+                ),
+                f"budget       {self.rounds_left} more rounds like these fit under the caps",
             ]
+            if aggregation.colluders == 0:
+                lines.insert(0, "OUTSIDERS ONLY: with t = 0 one curious hospital sees through the noise")
             if study.privacy.arithmetic == "f32_assumed":
                 assumed = "assumes that float32 sums err by at most clip_norm / 1000"
                 lines += [f"note         f32_assumed: {assumed}"]
         else:
             lines.insert(0, "WITHOUT DIFFERENTIAL PRIVACY: this register's epsilon becomes infinite for ever")
+        if self.source.opt_out:
+            lines += ["opted out    left out of every round to come; what was released before is not undone"]
         if aggregation.rollbacks == 0:
             lines += ["note         rho = 0: a cloned honest site may make two sums of one round known"]
         if aggregation.ready_s == 0:
@@ -172,7 +192,7 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
     event, delta = guard.plan(admitted, 1), guard.cap.delta
     # Before anything is shown: a changed key of a hospital that is pinned here is refused.
     new_fingerprints = dict(guard.unpinned(manifest, roster))
-    earlier = _approved_last(site, guard, manifest)
+    earlier = approved_last(site, guard, manifest)
     return Review(
         digest=digest,
         manifest=manifest,
@@ -183,14 +203,20 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
         changes=tuple(changes(*earlier, manifest, roster)) if earlier else (),
         new_fingerprints=new_fingerprints,
         rounds_left=guard.rounds_left(manifest, admitted) if private else None,
-        planned_epsilon=odometer([event] * manifest.study.training.rounds, delta, "t"),
-        largest_epsilon=odometer([event] * manifest.study.aggregation.rounds_max, delta, "t"),
+        planned_epsilon=_views(event, manifest.study.training.rounds, delta),
+        largest_epsilon=_views(event, manifest.study.aggregation.rounds_max, delta),
+        caps=(guard.cap.epsilon_t, guard.cap.epsilon_w or 0.0),
         guard=guard,
         split_key=guard.split_key(read_secret(site.split_secret), manifest.digest),
     )
 
 
-def _approved_last(site: SiteHome, guard: Guard, manifest: Manifest) -> tuple[Manifest, Roster] | None:
+def _views(event: Event, rounds: int, delta: float) -> tuple[float, float]:
+    """The odometer of that many rounds alone, while t collude and when all others do."""
+    return odometer([event] * rounds, delta, "t"), odometer([event] * rounds, delta, "w")
+
+
+def approved_last(site: SiteHome, guard: Guard, manifest: Manifest) -> tuple[Manifest, Roster] | None:
     """The version of a study - by name and coordinator - that was approved here last, but for itself."""
     with Ledger.open(site.ledger) as ledger:
         said = [entry for entry in ledger.entries() if isinstance(entry, Approval)]

@@ -5,38 +5,32 @@ nothing here imports torch; flwr is imported only by ``site run``; approving nee
 """
 
 import asyncio
-import os
 import signal
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from client import overrides
-from client.approval import offered, review, summary
+from client import decisions, overrides
 from client.backup import Closing, check_empty, pack, read_backup
+from client.decisions import By, Reason, SiteFolder, Yes, opened, words
 from client.evidence import collect
-from client.guard import Guard
-from client.identity import SiteIdentity, create_site
+from client.identity import create_site
 from client.settings import SiteSettings, load
 from client.state import SiteHome, write_durable
-from client.studies import StudyFolder
 from common.console import JsonFlag, Outcome, command, log_to_stderr
-from common.errors import RefusedError, UsageError
+from common.errors import UsageError
 
 app = typer.Typer(
     help="Join a federation, approve studies, run the agent, see the budget.", no_args_is_help=True
 )
 
+app.add_typer(decisions.app)
 app.add_typer(overrides.app, name="override")
 app.command("officer")(overrides.officer)
 
-SiteFolder = Annotated[Path, typer.Option("--home", help="The site's folder.", file_okay=False)]
-By = Annotated[str, typer.Option(help="Who decides; written into the ledger with the reason.")]
-Reason = Annotated[str, typer.Option(help="Why; it is written into the ledger.")]
 Out = Annotated[Path, typer.Option(help="The file to write; it must not exist yet.", dir_okay=False)]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask; for scripts.")]
 
 
 def _now() -> datetime:
@@ -68,70 +62,6 @@ def init(
 
 @app.command()
 @command
-def approve(
-    home: SiteFolder,
-    digest: Annotated[str, typer.Argument(help="The study's digest; without it, all received studies.")] = "",
-    deny: Annotated[bool, typer.Option("--deny", help="Deny instead.")] = False,
-    reason: Reason = "",
-    by: By = "",
-    yes: Yes = False,
-    new_fingerprints: Annotated[
-        bool,
-        typer.Option(
-            "--fingerprints-compared", help="With --yes: the new fingerprints were compared by telephone."
-        ),
-    ] = False,
-    as_json: JsonFlag = False,
-) -> Outcome:
-    """List received studies, or read one and decide on it."""
-    site = SiteHome(home)
-    guard = Guard(site, SiteIdentity.load(site), _now)
-    try:
-        if not digest:
-            return _listing(site, guard)
-        full = StudyFolder(site).resolve(digest)
-        # A person may deny what the policy would refuse anyway, so that the coordinator learns of it.
-        manifest, roster = offered(site, guard, full)
-        text, data = "\n".join(summary(manifest)), {"digest": full, "name": manifest.study.name}
-        if not deny:
-            found = review(site, guard, full)
-            found.check_approvable()
-            text, data = found.text(), found.data()
-            if yes and found.new_fingerprints and not new_fingerprints:
-                raise RefusedError(
-                    "site.fingerprints",
-                    f"nobody has compared the fingerprints of {', '.join(found.new_fingerprints)}",
-                    remedy="Compare them by telephone, then add --fingerprints-compared, or leave out --yes.",
-                )
-        if not yes and (as_json or not typer.confirm(f"{text}\n\n{'Deny' if deny else 'Approve'} it?")):
-            raise UsageError("site.not-confirmed", "nothing was decided", remedy="Answer yes, or give --yes.")
-        decision = "denied" if deny else "approved"
-        guard.decide(manifest, roster, decision, _words(by, reason or decision))
-        shown = text + "\n\n" if yes else ""
-        return Outcome(f"{shown}{decision}: {full}", {**data, "decision": decision})
-    finally:
-        guard.close()
-
-
-def _words(by: str, reason: str) -> str:
-    who = by or os.environ.get("USER", "")
-    if not who:
-        raise UsageError("site.by", "a decision names the person who takes it", remedy="Give --by NAME.")
-    return f"{who}: {reason}"
-
-
-def _listing(site: SiteHome, guard: Guard) -> Outcome:
-    studies: list[dict[str, Any]] = []
-    for digest in StudyFolder(site).digests():
-        manifest, _ = StudyFolder(site).read(bytes.fromhex(digest))
-        decision = guard.decision(bytes.fromhex(digest)) or "received"
-        studies.append({"digest": digest, "name": manifest.study.name, "decision": decision})
-    lines = [f"{entry['digest'][:12]}  {entry['decision']:<9} {entry['name']}" for entry in studies]
-    return Outcome("\n".join(lines) or "no studies received", {"studies": studies})
-
-
-@app.command()
-@command
 def pause(home: SiteFolder, by: By = "", reason: Reason = "", as_json: JsonFlag = False) -> Outcome:
     """Take part in nothing until resumed: a running agent ends its computations within a second."""
     return _pause(home, "paused", by, reason)
@@ -145,12 +75,8 @@ def resume(home: SiteFolder, by: By = "", reason: Reason = "", as_json: JsonFlag
 
 
 def _pause(home: Path, decision: Literal["paused", "resumed"], by: str, reason: str) -> Outcome:
-    site = SiteHome(home)
-    guard = Guard(site, SiteIdentity.load(site), _now)
-    try:
-        guard.pause(decision, _words(by, reason or decision))
-    finally:
-        guard.close()
+    with opened(home) as (_, guard):
+        guard.pause(decision, words(by, reason or decision))
     return Outcome(f"{decision}: the site in {home}", {"paused": decision == "paused"})
 
 
@@ -218,36 +144,10 @@ def _run_agent(site: SiteHome, once: bool) -> Outcome:
 
 @app.command()
 @command
-def consent(
-    home: SiteFolder,
-    digest: Annotated[str, typer.Argument(help="The study's digest.")],
-    by: By = "",
-    reason: Reason = "",
-    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take the consent back.")] = False,
-    as_json: JsonFlag = False,
-) -> Outcome:
-    """Consent to a study's model leaving the hub, after reading it or its report; needs no connection."""
-    site = SiteHome(home)
-    decision: Literal["given", "withdrawn"] = "withdrawn" if withdraw else "given"
-    full = StudyFolder(site).resolve(digest)
-    guard = Guard(site, SiteIdentity.load(site), _now)
-    try:
-        guard.consent(bytes.fromhex(full), decision, _words(by, reason or f"consent {decision}"))
-    finally:
-        guard.close()
-    return Outcome(f"consent {decision}: {full}", {"digest": full, "consent": decision})
-
-
-@app.command()
-@command
 def budget(home: SiteFolder, as_json: JsonFlag = False) -> Outcome:
     """What all studies together have spent of this register's privacy budget."""
-    site = SiteHome(home)
-    guard = Guard(site, SiteIdentity.load(site), _now)
-    try:
+    with opened(home) as (_, guard):
         spent = guard.budget()
-    finally:
-        guard.close()
     cap = spent.cap
     data = {
         "register": guard.register_id,
@@ -320,7 +220,7 @@ def restore(
     as_json: JsonFlag = False,
 ) -> Outcome:
     """Make a lost site's folder again, closed: what the backup lacks may have been spent."""
-    site, words = SiteHome(home), _words(by, reason or "restored")
+    site, why = SiteHome(home), words(by, reason or "restored")
     check_empty(site)
     found, now = read_backup(backup_file), _now()
     closing = found.plan(now)
@@ -329,7 +229,7 @@ def restore(
     )
     if not yes and (as_json or not typer.confirm(f"{text}\n\nRestore it into {home}?")):
         raise UsageError("site.not-confirmed", "nothing was written", remedy="Answer yes, or give --yes.")
-    closing = found.restore(site, words, now)
+    closing = found.restore(site, why, now)
     data = {"name": found.name, "time": found.time, "entries": found.head.size, "reserved": closing.rounds}
     shown = text + "\n\n" if yes else ""
     return Outcome(f"{shown}restored: the site in {home}, closed", {**data, "charged": closing.charged})

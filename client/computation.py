@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import IO, Any, Final
 
@@ -45,6 +46,8 @@ class Computation:
             "path": str(source.path.resolve()),
             "split_key": split_key.hex(),
         }
+        # Patients to leave out of the next round.
+        self.opted_out: Collection[str] = ()
         self._turn = threading.Lock()
         # Held for moments only: which process there is, and for which round it computes.
         self._changing = threading.Lock()
@@ -97,7 +100,8 @@ class Computation:
                     process = self._loaded(cut)
                     if cut.is_set() or overrun.is_set():
                         raise FailureError("worker.cut", "the round was over before its rows were loaded")
-                    result = self._ask(process, {"op": "compute"}, state)
+                    header = {"op": "compute", "opted_out": sorted(self.opted_out)}
+                    result = self._ask(process, header, state)
                     self._proven = process
                 finally:
                     self._round = None

@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Literal, TypeVar
 
+from client import rules
 from client.identity import SiteIdentity, load_policy
 from client.pins import Pins
 from client.reservations import Reservations
 from client.settings import DataSource, Policy, Register
+from client.sources.opt_out import read_opt_outs
 from client.state import SiteHome, write_durable
 from client.studies import StudyFolder
 from common.admissible import Admitted, check
@@ -31,6 +34,7 @@ from common.ledger.entries import (
     Consent,
     Entry,
     Opened,
+    OptOuts,
     Outcome,
     OutcomeReason,
     Pause,
@@ -143,11 +147,8 @@ class Guard:
         return roster
 
     def check_coordinator(self, manifest: Manifest) -> None:
-        """Refuse a study of a coordinator that the policy does not name, so that none is even kept."""
-        if manifest.coordinator not in self.policy.rules.coordinators:
-            problem = f"the study is signed by {manifest.coordinator}, which the policy does not name"
-            remedy = "Add that key to rules.coordinators in policy.toml if you know whose it is."
-            raise RefusedError("policy.coordinator", problem, remedy=remedy)
+        """As ``client.rules.check_coordinator``, by the policy as it stands now."""
+        rules.check_coordinator(self.policy, manifest)
 
     def check_runnable(self, manifest: Manifest) -> Admitted:
         """Check admissibility, expiry and every rule of the policy.
@@ -155,32 +156,33 @@ class Guard:
         Raises: UsageError for a manifest that cannot be run; RefusedError naming the policy's rule.
         """
         admitted = check(manifest, self._now().strftime("%Y-%m-%dT%H:%MZ"))
-        policy, study = self.policy, manifest.study
-        rules = policy.rules
-        self.check_coordinator(manifest)
-        without_dp = isinstance(study.privacy, NoDifferentialPrivacy)
-        if without_dp and not rules.allow_studies_without_differential_privacy:
-            raise RefusedError("policy.no-dp", "the policy forbids studies without differential privacy")
-        if not study.aggregation.masked and not rules.allow_studies_whose_every_update_the_hub_sees:
-            problem = "the policy forbids studies without masks, whose every update the hub sees"
-            raise RefusedError("policy.no-masks", problem)
-        if without_dp and study.aggregation.minimum_hospitals != len(study.members):
-            # PROTOCOL I12: two cohorts that differ by one hospital would give away that hospital's sum.
-            problem = "a study without differential privacy must have all of its members in every round"
-            remedy = "Ask the coordinator for one whose minimum_hospitals is the number of its members."
-            raise RefusedError("guard.no-dp-cohort", problem, remedy=remedy)
-        if study.aggregation.minimum_hospitals < rules.minimum_hospitals:
-            problem = f"the policy asks for at least {rules.minimum_hospitals} in a round"
-            raise RefusedError("policy.minimum-hospitals", problem)
-        if study.aggregation.deadline_s > 60 * rules.max_round_minutes:
-            problem = f"a round may take {rules.max_round_minutes} minutes here"
-            raise RefusedError("policy.round-time", problem)
-        if self.source(manifest).patient != study.contract.patient:
-            # The unit is the register's: a study that counted visits would weigh a patient many times.
-            problem = f"the study takes column {study.contract.patient!r} for the patient, the policy another"
-            remedy = "Ask the coordinator for a study on the patient column that policy.toml names."
-            raise RefusedError("policy.patient", problem, remedy=remedy)
+        rules.check_policy(self.policy, manifest, admitted)
         return admitted
+
+    def opt_outs(self, manifest: Manifest) -> frozenset[str]:
+        """The patients to leave out of the study's extract; a changed list stands in the ledger then.
+
+        Guarantee: changed_opt_outs_are_recorded - by a digest under this site's secret, before any charge.
+        Raises: RefusedError naming the file and the line.
+        """
+        name, source = manifest.study.data, self.source(manifest)
+        found = read_opt_outs(Path(source.opt_out)) if source.opt_out else frozenset[str]()
+        parts = (bytes.fromhex(self.register_id), name.encode(), *(p.encode() for p in sorted(found)))
+        keyed = derive(self._identity.split_secret, "opt-outs", *parts).hex()
+
+        def decide(entries: Sequence[Entry]) -> OptOuts:
+            last = _last(entries, OptOuts, lambda said: said.source == name)
+            if last.digest == keyed if last else not found:
+                raise _Recorded
+            return OptOuts(actor=self._actor, source=name, digest=keyed)
+
+        with suppress(_Recorded):
+            self._ledger.append_if(decide)
+        return found
+
+    def check_window(self) -> None:
+        """Refuse a round that would begin outside the training window."""
+        rules.check_window(self.policy, self._now())
 
     def check_pins(self, manifest: Manifest, roster: Roster) -> None:
         """Check every other member's keys against the fingerprints that a person accepted here."""
@@ -267,7 +269,9 @@ class Guard:
 
         def decide(entries: Sequence[Entry]) -> Charge:
             # Between the checks before this one and the lock a person may have decided otherwise.
-            if self._decision(entries, manifest.digest) == "denied" or _recorded(entries) != _rules(policy):
+            if self._decision(entries, manifest.digest) == "denied" or _recorded(entries) != rules.recorded(
+                policy
+            ):
                 raise RefusedError("guard.decided", "the study was denied, or the policy changed, just now")
             cap, history = self._cap(entries, policy), self._charged(entries)
             rounds = [past.round for past in history if past.manifest_digest == event.manifest_digest]
@@ -512,7 +516,7 @@ class Guard:
 
         Guarantee: policy_changes_are_recorded - before anything is charged under them.
         """
-        after = _rules(policy)
+        after = rules.recorded(policy)
 
         def decide(entries: Sequence[Entry]) -> PolicyChange:
             before = _recorded(entries)
@@ -562,18 +566,3 @@ def _recorded(entries: Sequence[Entry]) -> Rules | None:
     """What the policy allowed when the ledger was told last."""
     last = _last(entries, PolicyChange)
     return None if last is None else last.after
-
-
-def _rules(policy: Policy) -> Rules:
-    rules, register = policy.rules, policy.privacy_register
-    return Rules(
-        epsilon_t=text_of(register.epsilon_t),
-        epsilon_w=text_of(register.epsilon_w),
-        delta=text_of(register.delta),
-        minimum_hospitals=rules.minimum_hospitals,
-        max_round_minutes=rules.max_round_minutes,
-        without_differential_privacy=rules.allow_studies_without_differential_privacy,
-        without_masks=rules.allow_studies_whose_every_update_the_hub_sees,
-        coordinators=tuple(rules.coordinators),
-        officers=tuple(rules.officers),
-    )

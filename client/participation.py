@@ -231,6 +231,7 @@ class Participation:
             log.info("%s %r received; read it and decide with 'wardround site approve'",
                      label(man), manifest.study.name)  # fmt: skip
         if decision == "approved":
+            self._guard.check_window()
             self._guard.check_pins(manifest, roster)
             self._guard.check_budget(manifest, self._guard.check_runnable(manifest), 1)
             with self._lock(man):
@@ -354,12 +355,15 @@ class Participation:
         digest = run.check_model(start, state_file, admitted)
         if start.deadline <= now:
             raise RefusedError("participation.deadline", "the round's deadline has passed")
+        self._guard.check_window()
+        opted_out = self._guard.opt_outs(manifest)
         self._guard.check_budget(manifest, admitted, start.round)
         became = run.became(start.model_digest)
         self._heads.spend(run, start.round)
         # Accepted before charged, so that a run file behind the ledger is known to be rolled back.
         run.site.on_round_start(start)
         cut = run.accepted(start.model_digest)
+        run.computation.opted_out = opted_out
         self._settle(run.params.man, became)
         self._guard.charge(manifest, admitted, start.round)
         log.info("%s: round %d charged", run.label, start.round)

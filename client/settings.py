@@ -17,6 +17,8 @@ from common.errors import RefusedError, UsageError
 from common.privacy.filter import Cap
 
 DELTA_LIMIT: Final = 1e-5
+_TIME: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_WINDOW: Final = f"^({_TIME}-{_TIME})?$"
 Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -54,10 +56,16 @@ class Register(Strict):
 
 
 class DataSource(Strict):
-    """A named extract: ``csv:/path`` or ``parquet:/path``."""
+    """A named extract: ``csv:/path`` or ``parquet:/path``, and what of it studies may see.
+
+    ``columns`` are all that a study's contract may name beside ``patient``; ``opt_out`` a file of the ids of
+    patients who are left out, one a line.
+    """
 
     source: Annotated[str, Field(pattern=r"^(csv|parquet):.+$")]
     patient: Annotated[str, Field(min_length=1, max_length=128)]
+    columns: list[Text] = Field(default_factory=list)
+    opt_out: str = ""
 
     @property
     def kind(self) -> str:
@@ -71,11 +79,18 @@ class DataSource(Strict):
 
 
 class Rules(Strict):
-    """What a study must meet before a person may approve it."""
+    """What a study must meet before a person may approve it, and whenever a round of it begins.
+
+    ``minimum_patients`` is looked at when a person approves, and never again: an automatic refusal would tell
+    how many there are.
+    """
 
     coordinators: list[str] = Field(default_factory=list)
     officers: list[str] = Field(default_factory=list)
+    epsilon_per_study: Annotated[float, Field(gt=0, le=20)] | None = None
     minimum_hospitals: Annotated[int, Field(ge=3)] = 3
+    minimum_patients: Annotated[int, Field(ge=1)] = 20
+    training_window: Annotated[str, Field(pattern=_WINDOW)] = ""
     allow_studies_without_differential_privacy: bool = False
     allow_studies_whose_every_update_the_hub_sees: bool = False
     outsiders_only: bool = False
@@ -154,11 +169,18 @@ allow_studies_without_differential_privacy = false
 allow_studies_whose_every_update_the_hub_sees = false
 outsiders_only = false
 max_round_minutes = 60
+# Beside the caps of the register, what one study may spend; and when rounds may begin, in local time.
+# epsilon_per_study = 1.0
+# training_window = "20:00-06:00"
+# A person may approve a study for no fewer patients than these.
+minimum_patients = 20
 
 # One table an extract that studies may name, for example:
 # [data.readmissions]
 # source = "csv:/srv/wardround/readmissions.csv"
 # patient = "patient_id"   # whose privacy is counted: a study that names another column is refused
+# columns = ["age", "sex", "readmitted"]   # all that studies may see; a study that names another is refused
+# opt_out = "/srv/wardround/opt_out.txt"   # patients to leave out, an id a line; read anew before every round
 """
 
 _NAME: Final = re.compile(r"[A-Za-z0-9 .'_-]{1,64}")

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -50,8 +50,8 @@ class Worker:
         )
         self._manifest = manifest
 
-    def compute(self, state_bytes: bytes) -> bytes:
-        """One round: from the model to the integers of a Release, int64 little-endian."""
+    def compute(self, state_bytes: bytes, opted_out: Collection[str] = ()) -> bytes:
+        """One round without the patients ``opted_out``: from the model to a Release, int64 little-endian."""
         from common.tasks.state import load_state
         from common.tasks.training import contribute, train_local
 
@@ -59,7 +59,8 @@ class Worker:
             raise FailureError("worker.order", "the worker was asked to compute before it was prepared")
         study, admitted = self._manifest.study, self._admitted
         state = load_state(state_bytes, admitted.layout, study.aggregation.state_norm_bound)
-        rows = self._table.x, self._table.y, self._table.patient_index
+        table = self._table.without(opted_out) if opted_out else self._table
+        rows = table.x, table.y, table.patient_index
         if admitted.shared:
             release = contribute(state, *rows, study, admitted.shared_gate(self._entropy))
         else:
@@ -79,7 +80,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
                 worker.prepare(header, blob)
                 write_frame(replies, {"status": "ok"})
             elif header.get("op") == "compute":
-                write_frame(replies, {"status": "ok"}, worker.compute(blob))
+                write_frame(replies, {"status": "ok"}, worker.compute(blob, header.get("opted_out", ())))
             else:
                 raise FailureError("worker.op", "the supervisor asked for something the worker does not do")
         except WardroundError as error:

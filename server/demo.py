@@ -140,7 +140,9 @@ def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float
         policy = tomllib.loads(policy_path.read_text(encoding="utf-8"))
         policy["register"] |= {"epsilon_t": epsilon, "epsilon_w": epsilon, "delta": DELTA}
         policy["rules"]["coordinators"] = [hub["coordinator_key"]]
-        policy["data"] = {"breast-cancer": {"source": f"csv:{table}", "patient": "patient"}}
+        columns = [name for name in site.rows.columns if name != "patient"]
+        source = {"source": f"csv:{table}", "patient": "patient", "columns": columns}
+        policy["data"] = {"breast-cancer": source}
         policy_path.write_text(tomli_w.dumps(policy), encoding="utf-8")
 
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
@@ -182,7 +184,7 @@ def _start(processes: Processes, folder: Path, sites: list[Site]) -> None:
 
 def _approve(processes: Processes, site: Site, digest: str) -> None:
     def arrived() -> bool:
-        pending = processes.json("site", "approve", "--home", str(site.home))
+        pending = processes.json("site", "requests", "--home", str(site.home))
         return any(entry["digest"] == digest for entry in pending["studies"])
 
     _until(arrived, f"the study did not reach {site.name}")

@@ -84,15 +84,22 @@ def small_study(members: list[str], **changes: Any) -> dict[str, Any]:
     return study
 
 
-def contribution(site: int, state: bytes = b"") -> NDArray[np.float64]:
+def source_of(path: Path) -> dict[str, Any]:
+    """What a policy says of an extract for the small study."""
+    return {"source": f"csv:{path}", "patient": "patient", "columns": ["age", "bmi", "readmitted"]}
+
+
+def contribution(
+    site: int, state: bytes = b"", rows: list[tuple[str, float, float, str]] | None = None
+) -> NDArray[np.float64]:
     """Minus the sum of a hospital's gradients in the small study, each clipped to 1: weights, then biases.
 
-    ``state`` is a model file, zeros without one.
+    ``state`` is a model file, zeros without one; ``rows`` are the hospital's without them.
     """
     tensors = load(state) if state else {"weight": np.zeros((2, 2)), "bias": np.zeros(2)}
     weight, bias = tensors["weight"].astype(float), tensors["bias"].astype(float)
     total = np.zeros(6)
-    for _, age, bmi, readmitted in extract_rows(site):
+    for _, age, bmi, readmitted in extract_rows(site) if rows is None else rows:
         x = np.clip([2 * age / 100 - 1, 2 * (bmi - 10) / 40 - 1], -1, 1)
         logits = weight @ x + bias
         shares = np.exp(logits - logits.max())
@@ -140,7 +147,7 @@ class Federation:
                 number,
                 register={"epsilon_t": self.epsilon, "epsilon_w": self.epsilon},
                 rules={"coordinators": [made.coordinator_key], **self.rules},
-                data={"extract": {"source": f"csv:{home.folder / 'extract.csv'}", "patient": "patient"}},
+                data={"extract": source_of(home.folder / "extract.csv")},
             )
         self.coordinator = str(self.hub_home.coordinator)
 

@@ -13,7 +13,7 @@ import tomli_w
 
 from common import errors
 from server.processes import Processes, free_port
-from tests.federation import extract_rows, small_study
+from tests.federation import extract_rows, small_study, source_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,7 +74,7 @@ def allow(folder: Path, number: int, coordinator: str) -> None:
     (folder / "extract.csv").write_text("\n".join(rows) + "\n")
     policy = tomllib.loads((folder / "policy.toml").read_text())
     policy["rules"]["coordinators"] = [coordinator]
-    policy["data"] = {"extract": {"source": f"csv:{folder / 'extract.csv'}", "patient": "patient"}}
+    policy["data"] = {"extract": source_of(folder / "extract.csv")}
     (folder / "policy.toml").write_text(tomli_w.dumps(policy))
 
 
@@ -108,7 +108,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
             if (folder / home / "studies" / f"{newcomer.digest}.study").exists():
                 break
             subprocess.run(["sleep", "0.1"], check=True)
-    listing = newcomer.run("site approve --home")
+    listing = newcomer.run("site requests")
     assert newcomer.digest[:12] in listing
     text = newcomer.run("site approve DIGEST", "--yes", "--fingerprints-compared")
     for shown in ("purpose", "n = 3, t = 1", "m = 3", "compare      Northgate", "approved"):

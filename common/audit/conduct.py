@@ -194,7 +194,12 @@ def policy(party: Party) -> str:
         allowed = manifest.coordinator in rules.coordinators
         allowed = allowed and (private or rules.without_differential_privacy)
         allowed = allowed and (aggregation.masked or rules.without_masks)
+        allowed = allowed and (aggregation.colluders > 0 or rules.outsiders_only)
         allowed = allowed and aggregation.minimum_hospitals >= rules.minimum_hospitals
+        source = next((one for one in rules.sources if one.name == manifest.study.data), None)
+        contract = manifest.study.contract
+        allowed = allowed and source is not None and source.patient == contract.patient
+        allowed = allowed and source is not None and set(contract.columns) <= set(source.columns)
         if not allowed or aggregation.deadline_s > 60 * rules.max_round_minutes:
             return f"entry {entry.seq} charges study {studied(entry)[:12]}, which the policy did not allow"
     return ""

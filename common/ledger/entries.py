@@ -125,6 +125,7 @@ def _ascending(ids: tuple[int, ...]) -> tuple[int, ...]:
 
 
 Words = Annotated[str, AfterValidator(_one_visible_line)]
+Text = Annotated[str, Field(min_length=1, max_length=200)]
 KeyText = Annotated[str, AfterValidator(_key_text)]
 PartyName = Annotated[str, AfterValidator(_party_name)]
 SiteId = Annotated[int, Field(ge=1, le=MAX_ID)]
@@ -170,18 +171,31 @@ class Opened(_Leaf):
     delta: DecimalText
 
 
+class Source(_Strict):
+    """An extract that studies may name: its name, the patient column, and the columns they may see."""
+
+    name: Text
+    patient: Text
+    columns: Annotated[tuple[Text, ...], Field(strict=False)]
+
+
 class Rules(_Strict):
-    """What a site's policy allows: its caps, as in ``Opened``, and whose studies it takes part in."""
+    """What a site's policy allows: its caps, as in ``Opened``, whose studies, on what, when and how."""
 
     epsilon_t: DecimalText
     epsilon_w: DecimalText | None
     delta: DecimalText
+    epsilon_per_study: DecimalText | None = None
     minimum_hospitals: Annotated[int, Field(ge=3, le=MAX_ID)]
+    minimum_patients: Annotated[int, Field(ge=1, le=_MAX_EXACT)] = 1
     max_round_minutes: Annotated[int, Field(ge=1, le=_MAX_EXACT)]
+    training_window: Annotated[str, Field(pattern=r"^([0-9:]{5}-[0-9:]{5})?$")] = ""
+    outsiders_only: bool = False
     without_differential_privacy: bool
     without_masks: bool
     coordinators: Annotated[tuple[KeyText, ...], Field(strict=False)]
     officers: Annotated[tuple[KeyText, ...], Field(strict=False)] = ()
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
 
 
 class PolicyChange(_Leaf):
@@ -281,9 +295,10 @@ class Consent(_Leaf):
 
 
 class OptOuts(_Leaf):
-    """The list of patients who are left out was found changed; ``digest`` is keyed by the site's secret."""
+    """A source's list of patients to leave out was found changed; ``digest`` is under the site's secret."""
 
     type: Literal["opt_outs"] = "opt_outs"
+    source: Text
     digest: Hex64
 
 

@@ -41,7 +41,7 @@ class Term(NamedTuple):
     steps: int
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def _step_rho(q: Fraction, z: Fraction, order: int) -> Fraction:
     """Renyi divergence of one step at an integer order, an upper bound within 10^-39."""
     full = order / (2 * z * z)
@@ -67,13 +67,6 @@ def rho_units(term: Term, order: int) -> int:
     Guarantee: rho_agrees_with_dp_accounting - for full and Poisson sampling, at every order of the filter.
     """
     return math.ceil(term.steps * _step_rho(term.q, term.z, order) * UNITS)
-
-
-def event_units(event: Event, order: int, view: View) -> int:
-    """``rho_units`` of an event; 0 for ``declared``. Raises UsageError for ``no_dp``, which has none."""
-    if event.kind == "declared":
-        return 0
-    return rho_units(term_of(event, view), order)
 
 
 def term_of(event: Event, view: View) -> Term:

@@ -8,7 +8,7 @@ decision and the charge.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from common.errors import RefusedError, UsageError
 from common.privacy import accountant
 from common.privacy.accountant import EXACT, UNITS, View, check_delta
-from common.privacy.decimals import exact
+from common.privacy.decimals import exact, fraction_of
 from common.privacy.events import Event
 
 ORDERS: Final = (3, 4, 6, 10, 20, 40)
@@ -77,14 +77,17 @@ class _Totals(NamedTuple):
     @classmethod
     def of(cls, events: Sequence[Event], view: View) -> "_Totals":
         # Rounds of one study are alike: count them by their texts, do the arithmetic once for each kind.
-        alike: defaultdict[tuple[object, ...], list[Event]] = defaultdict(list)
-        for e in events:
-            if e.kind != "declared":
-                z = e.z_t if view == "t" else e.z_w
-                alike[e.q, z, e.steps, e.dim, e.u_size, e.beta].append(e)
-        kinds = [(same[0], len(same)) for same in alike.values()]
-        units = {a: sum(n * accountant.event_units(event, a, view) for event, n in kinds) for a in ORDERS}
-        return cls(units, sum((n * event.mechanism.slack for event, n in kinds), Fraction(0)))
+        kinds = Counter(
+            (e.q or "", (e.z_t if view == "t" else e.z_w) or "", e.steps or 0, e.dim, e.u_size, e.beta or "")
+            for e in events
+            if e.kind != "declared"
+        )
+        costs = [(n, _kind_units(q, z, steps)) for (q, z, steps, _, _, _), n in kinds.items()]
+        units = {a: sum(n * cost[at] for n, cost in costs) for at, a in enumerate(ORDERS)}
+        coordinates: Counter[str] = Counter()
+        for (_, _, steps, dim, u_size, beta), n in kinds.items():
+            coordinates[beta] += n * steps * (dim or 0) * (u_size or 0)
+        return cls(units, sum((n * fraction_of(beta) for beta, n in coordinates.items()), Fraction(0)))
 
     def plus(self, other: "_Totals", times: int = 1) -> "_Totals":
         units = {order: self.units[order] + times * other.units[order] for order in ORDERS}
@@ -94,6 +97,13 @@ class _Totals(NamedTuple):
         """Whether for some order the total is within B(a)."""
         bounds = {order: bound_units(epsilon, delta, self.slack, order) for order in ORDERS}
         return any(bound is not None and self.units[order] <= bound for order, bound in bounds.items())
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind_units(q: str, z: str, steps: int) -> tuple[int, ...]:
+    """``rho_units`` of the events with these texts, for each of ORDERS."""
+    term = accountant.Term(fraction_of(q), fraction_of(z), steps)
+    return tuple(accountant.rho_units(term, order) for order in ORDERS)
 
 
 @lru_cache(maxsize=4096)

@@ -133,7 +133,7 @@ class Site(Joining):
         return record
 
     def on_cohort(self, cohort: Cohort) -> Upload:
-        """R2 to R3: check the cohort, add this context's noise, mask and keep the payload. Returns the header.
+        """R2 to R3: check the cohort, add the noise for it, mask and keep the payload. Returns the header.
 
         The cohort of the kept upload again gives the kept header again; payload() gives its bytes.
 

@@ -45,7 +45,7 @@ from common.tasks.state import model_digest, state_bytes
 from server.enrolment import admit_site, create_hub, sign_roster
 from server.home import CoordinatorHome, HubHome
 from server.store import Store
-from tests.federation import NAMES, extract_rows, small_study
+from tests.federation import NAMES, extract_rows, small_study, source_of
 
 ADDRESS = "127.0.0.1:9443"
 WITHOUT_DP: dict[str, Any] = {"kind": "without_differential_privacy"}
@@ -81,7 +81,7 @@ class ComputedHere(Computation):
         if self.ended or (cut is not None and cut.is_set()):
             raise FailureError("worker.ended", "the round was stopped before its computation began")
         self._worker.prepare(self._header, self._manifest_bytes)
-        return np.frombuffer(self._worker.compute(state), dtype="<i8").astype(np.int64)
+        return np.frombuffer(self._worker.compute(state, self.opted_out), dtype="<i8").astype(np.int64)
 
 
 def make(folder: Path, hospitals: int = 4) -> None:
@@ -122,7 +122,7 @@ class Federation:
                 number,
                 register={"epsilon_t": epsilon, "epsilon_w": epsilon},
                 rules={"coordinators": [self.coordinator], **rules},
-                data={"extract": {"source": f"csv:{home.folder / 'extract.csv'}", "patient": "patient"}},
+                data={"extract": source_of(home.folder / "extract.csv")},
             )
 
     @property

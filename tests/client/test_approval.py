@@ -66,9 +66,12 @@ def test_a_person_reads_everything_that_is_asked_of_this_hospital(
 def test_the_spending_that_is_shown_is_the_accountants(federation: Federation, guard: Guard) -> None:
     found = reviewed(federation, guard, training__rounds=2, aggregation__rounds_max=4)
     planned = [guard.plan(found.admitted, number) for number in (1, 2, 3, 4)]
-    assert found.planned_epsilon == odometer(planned[:2], 1e-6, "t") > 0
-    assert found.largest_epsilon == odometer(planned, 1e-6, "t") > found.planned_epsilon
-    said = f"{found.planned_epsilon:.4f} as planned, at most {found.largest_epsilon:.4f}"
+    assert found.planned_epsilon == tuple(odometer(planned[:2], 1e-6, view) for view in ("t", "w"))
+    assert found.largest_epsilon == tuple(odometer(planned, 1e-6, view) for view in ("t", "w"))
+    assert 0 < found.planned_epsilon[0] < found.largest_epsilon[0]
+    said = (
+        f"epsilon {found.planned_epsilon[0]:.4f}, {found.largest_epsilon[0]:.4f} of 3 while at most t collude"
+    )
     assert said in found.text()
     assert found.rounds_left == guard.rounds_left(found.manifest, found.admitted)
     assert found.data() == {
@@ -77,8 +80,11 @@ def test_the_spending_that_is_shown_is_the_accountants(federation: Federation, g
         "members": [federation.name(n) for n in (1, 2, 3)],
         "rounds": 2,
         "rounds_max": 4,
-        "planned_epsilon": found.planned_epsilon,
-        "largest_epsilon": found.largest_epsilon,
+        "planned_epsilon": found.planned_epsilon[0],
+        "planned_epsilon_w": found.planned_epsilon[1],
+        "largest_epsilon": found.largest_epsilon[0],
+        "largest_epsilon_w": found.largest_epsilon[1],
+        "consents": [],
         "rounds_left": found.rounds_left,
         "new_fingerprints": {
             federation.name(n): federation.verified_roster.member(n).fingerprint for n in (2, 3)
@@ -101,7 +107,7 @@ def test_a_study_without_dp_says_so_first(template: Path, tmp_path: Path) -> Non
     guard = federation.guard(1)
     found = reviewed(federation, guard, privacy=WITHOUT_DP)
     assert found.text().splitlines()[0].startswith("WITHOUT DIFFERENTIAL PRIVACY")
-    assert (found.planned_epsilon, found.rounds_left) == (float("inf"), None)
+    assert (found.planned_epsilon, found.rounds_left) == ((float("inf"), float("inf")), None)
     found.check_approvable()
     guard.close()
 
@@ -143,8 +149,12 @@ def test_a_sound_study_is_approvable_and_asking_changes_nothing(federation: Fede
     ("header", "rows", "code"),
     [
         ("patient,age,readmitted", [("p", 50, "yes")], "source.column"),
-        ("patient,age,bmi,readmitted", [], "contract.empty"),
-        ("patient,age,bmi,readmitted", [("", 50, 25, "yes"), ("p", 50, 25, CANARY)], "contract.empty"),
+        ("patient,age,bmi,readmitted", [], "contract.minimum-patients"),
+        (
+            "patient,age,bmi,readmitted",
+            [("", 50, 25, "yes"), ("p", 50, 25, CANARY)],
+            "contract.minimum-patients",
+        ),
         ("patient,age,bmi,readmitted", [("p", 50, 25, "yes"), (CANARY,)], "source.malformed"),
     ],
 )

@@ -95,12 +95,12 @@ def test_init_refuses_what_is_malformed_or_there_already(tmp_path: Path) -> None
 
 def test_a_site_that_is_not_admitted_yet_is_told_so(tmp_path: Path) -> None:
     run("init", "--home", tmp_path, "--name", "St. Mary", "--hub", ADDRESS)
-    for command in ("approve", "budget", "pause", "resume"):
+    for command in ("requests", "budget", "pause", "resume"):
         assert failure(command, "--home", tmp_path, code=3)["code"] == "site.not-admitted"
 
 
 def test_a_folder_that_is_no_site_is_a_usage_error(tmp_path: Path) -> None:
-    for command in ("approve", "budget"):
+    for command in ("requests", "budget"):
         assert failure(command, "--home", tmp_path, code=2)["code"] == "settings.missing"
 
 
@@ -121,17 +121,17 @@ def test_a_second_agent_on_a_folder_is_refused(
 
 
 def test_received_studies_are_listed_with_their_decision(federation: Federation, home: Path) -> None:
-    assert run("approve", "--home", home).stdout == "no studies received\n"
-    assert data("approve", "--home", home) == {"studies": []}
+    assert run("requests", "--home", home).stdout == "no studies received\n"
+    assert data("requests", "--home", home) == {"studies": []}
     first, second = federation.manifest(), federation.manifest(name="second")
     federation.receive(1, first)
     federation.decide(1, second, "denied")
-    listed = data("approve", "--home", home)["studies"]
+    listed = data("requests", "--home", home)["studies"]
     assert {s["digest"]: (s["name"], s["decision"]) for s in listed} == {
         first.digest.hex(): ("small", "received"),
         second.digest.hex(): ("second", "denied"),
     }
-    lines = run("approve", "--home", home).stdout.splitlines()
+    lines = run("requests", "--home", home).stdout.splitlines()
     assert f"{first.digest.hex()[:12]}  received  small" in lines
     assert f"{second.digest.hex()[:12]}  denied    second" in lines
 
@@ -175,11 +175,14 @@ def test_a_script_says_yes_in_advance_and_reads_json(federation: Federation, hom
     assert (told["digest"], told["decision"], told["rounds"]) == (digest, "approved", 3)
     assert set(told["new_fingerprints"]) == {federation.name(2), federation.name(3)}
     assert decisions(federation) == [("approved", "Dr. Roe: ethics 7/26")]
-    again = data(
-        "approve", digest, "--home", home, "--yes", "--fingerprints-compared", "--by", "Dr. Roe", "--deny"
-    )
+    command = (digest, "--home", home, "--yes", "--by", "Dr. Roe")
+    refusal = failure("approve", *command, "--fingerprints-compared", code=3)
+    assert refusal["code"] == "site.decided"
+    assert failure("deny", *command, "--reason", "no", code=3)["code"] == "site.decision"
+    again = data("withdraw", *command, "--reason", "patients asked")
     assert again == {"digest": digest, "name": "small", "decision": "denied"}
-    assert decisions(federation)[-1] == ("denied", "Dr. Roe: denied")
+    assert failure("withdraw", *command, "--reason", "again", code=3)["code"] == "site.decided"
+    assert decisions(federation)[1:] == [("denied", "Dr. Roe: patients asked")]
 
 
 def test_a_decision_names_who_took_it(
@@ -203,6 +206,26 @@ def test_a_decision_names_who_took_it(
     assert decisions(federation) == [("approved", "roe: approved")]
 
 
+def test_a_study_is_shown_whole_and_compared(federation: Federation, home: Path) -> None:
+    first = federation.manifest(consents=[federation.name(2)])
+    old, new = first, federation.manifest(training__rounds=4, privacy__noise_multiplier=9.0)
+    digest, later = federation.receive(1, old), federation.receive(1, new)
+    text = run("show", digest, "--home", home).stdout
+    for shown in ("legal basis", "n = 3, t = 1", "n - m = 0", "while at most t collude", "of 3 if all other",
+                  f"consents     {federation.name(2)}", "more rounds like these", "decision     received"):  # fmt: skip
+        assert shown in text, shown
+    told = data("show", digest, "--home", home)
+    assert told["planned_epsilon"] <= told["largest_epsilon"]
+    assert failure("diff", later, "--home", home, code=2)["code"] == "site.diff"
+    federation.decide(1, old)
+    found = data("diff", later, "--home", home)["changes"]
+    paths = {change["path"]: (change["old"], change["new"]) for change in found}
+    assert paths["training.rounds"] == (3, 4)
+    assert paths["privacy.noise_multiplier"] == (8.0, 9.0)
+    assert data("diff", later, digest, "--home", home)["changes"] == found
+    assert run("diff", digest, digest, "--home", home).stdout == "no changes\n"
+
+
 def test_an_unknown_digest_is_a_usage_error(home: Path) -> None:
     assert (
         failure("approve", "abcdef", "--home", home, "--yes", "--fingerprints-compared", code=2)["code"]
@@ -218,11 +241,15 @@ def test_what_the_policy_forbids_can_be_denied_only(federation: Federation, home
     assert refusal["code"] == "policy.coordinator"
     assert "rules.coordinators" in refusal["hint"]
     assert decisions(federation) == []
-    result = run(*command, "--deny")
+    shown = data("show", digest, "--home", home)
+    assert (shown["decision"], shown["refused"]) == ("received", "policy.coordinator")
+    denial = ("deny", digest, "--home", home, "--by", "t")
+    assert run(*denial, "--yes").exit_code == 2
+    result = run(*denial, "--reason", "unknown", answer="y\n")
     assert result.exit_code == 0
     assert f"denied: {digest}" in result.stdout
     assert federation.coordinator in result.stdout
-    assert decisions(federation) == [("denied", "t: denied")]
+    assert decisions(federation) == [("denied", "t: unknown")]
 
 
 def test_too_little_budget_is_exit_4(federation: Federation, home: Path) -> None:
@@ -239,19 +266,9 @@ def test_an_altered_study_is_exit_5(federation: Federation, home: Path) -> None:
     digest = federation.receive(1, federation.manifest())
     path = federation.sites[1].study(digest)
     path.write_bytes(path.read_bytes().replace(b'"rounds":3', b'"rounds":9'))
-    for options in ((), ("--deny",)):
-        failure(
-            "approve",
-            digest,
-            "--home",
-            home,
-            "--yes",
-            "--fingerprints-compared",
-            "--by",
-            "t",
-            *options,
-            code=5,
-        )
+    for verb in (("approve", "--fingerprints-compared"), ("deny", "--reason", "altered"), ("show",)):
+        options = () if verb == ("show",) else ("--yes", "--by", "t")
+        failure(verb[0], digest, "--home", home, *verb[1:], *options, code=5)
     assert decisions(federation) == []
 
 

@@ -4,14 +4,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from client.guard import Guard
 from client.participation import Participation
 from common.admissible import check
 from common.errors import BudgetExhaustedError, RefusedError
+from common.ledger.entries import Charge, OptOuts
 from tests.client.federation import ComputedHere, Federation, Hub
-from tests.federation import extract_rows
+from tests.federation import contribution, extract_rows, source_of
+
+SHARED: dict[str, Any] = {
+    "training__mode": "shared-noise",
+    "training__engine": "bookkeeping",
+    "training__rounds": 5,
+    "aggregation__codec__step": 0.001,
+}
 
 
 @pytest.fixture
@@ -125,3 +134,45 @@ def test_lower_noise_is_another_study_that_nobody_approved(template: Path, tmp_p
             assert sites[number]._guard.decision(other.digest) == ""
         for site in sites.values():
             site.close()
+
+
+def test_changed_opt_outs_are_recorded(template: Path, tmp_path: Path) -> None:
+    """Before the charge of the round that leaves them out; the round is that of an extract without them."""
+    federation = Federation(template, tmp_path / "federation", epsilon=20.0)
+    lists = tmp_path / "out.txt"
+    lists.write_text("# nobody yet\n")
+    extract = source_of(federation.sites[1].folder / "extract.csv")
+    federation.edit_policy(1, data={"extract": extract | {"opt_out": str(lists)}})
+    manifest = federation.manifest(**SHARED)
+    sites = {n: Participation(federation.sites[n], computation=ComputedHere) for n in (1, 2, 3)}
+    hub = Hub(federation, manifest, sites).joined()
+    hub.whole_round()
+    gone = [str(row[0]) for row in extract_rows(1)[:12]]
+    lists.write_text("\n".join(gone))
+    worker = sites[1]._runs[hub.man].computation._worker
+    totals: list[Any] = []
+    original = worker.compute
+
+    def watched(state: bytes, opted_out: Any = ()) -> bytes:
+        totals.append(np.frombuffer(original(state, opted_out), "<i8"))
+        return totals[-1].tobytes()
+
+    worker.compute = watched  # type: ignore[method-assign]
+    hub.whole_round()
+    kept = [row for row in extract_rows(1) if row[0] not in gone]
+    expected = contribution(1, rows=kept) / 0.001
+    assert np.abs(totals[0] - expected).max() <= 0.5 + 1e-6
+    story = [entry for entry in federation.entries(1) if isinstance(entry, OptOuts | Charge)]
+    assert [entry.type for entry in story] == ["charge", "opt_outs", "charge"]
+    # Another hospital's, or another key's, digest of the same list is another one.
+    assert isinstance(story[1], OptOuts)
+    assert story[1].source == "extract"
+    # A list that is unclear stops the round before it is charged.
+    lists.write_text("n/a\n")
+    round_ = hub.start()
+    assert hub.ready(round_) == {1: False, 2: True, 3: True}
+    assert [e.type for e in federation.entries(1) if isinstance(e, OptOuts | Charge)] == [
+        e.type for e in story
+    ]
+    for site in sites.values():
+        site.close()

@@ -238,20 +238,7 @@ def test_a_denial_ends_the_study(tmp_path: Path, processes: Processes) -> None:
     federation.approve(1, digest)
     federation.wait_for_offer(2, digest)
     home = str(federation.sites[1].folder)
-    processes.json(
-        "site",
-        "approve",
-        digest,
-        "--home",
-        home,
-        "--deny",
-        "--reason",
-        "no legal basis",
-        "--by",
-        "t",
-        "--yes",
-        "--fingerprints-compared",
-    )
+    processes.json("site", "deny", digest, "--home", home, "--reason", "no legal basis", "--by", "t", "--yes")
     last = federation.watch(digest)[-1]
     assert last["status"] == "denied"
     assert "Northgate" in last["detail"]

@@ -194,7 +194,7 @@ def test_a_pause_in_the_middle_of_a_round(run: Run) -> None:
 
 def test_a_withdrawal_in_the_middle_of_a_round(run: Run) -> None:
     held_at_upload(run, 4)
-    site_command(run, 4, "approve", run.digest, "--deny", "--reason", "consent withdrawn", "--yes")
+    site_command(run, 4, "withdraw", run.digest, "--reason", "consent withdrawn", "--yes")
     assert within(GONE_S, lambda: not run.open_run(4)), run.why("the withdrawn run is not erased")
     assert within(GONE_S, lambda: not run.rig.workers(4)), run.why("a worker of a withdrawn study runs on")
     spent = set(run.rig.proxies[4].seen.sent)

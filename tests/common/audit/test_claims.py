@@ -90,6 +90,7 @@ def lose(federation: Federation, manifest: Manifest, round: int, member: int = 1
 def rules(epsilon_t: str = "3", **changes: Any) -> Rules:
     said: dict[str, Any] = {"epsilon_t": epsilon_t, "epsilon_w": "3", "delta": "0.000001"}
     said |= {"minimum_hospitals": 3, "max_round_minutes": 60, "coordinators": ()}
+    said |= {"sources": ({"name": "extract", "patient": "patient", "columns": ("age", "bmi", "readmitted")},)}
     return Rules.model_validate(
         {**said, "without_differential_privacy": False, "without_masks": False, **changes}
     )

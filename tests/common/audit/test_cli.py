@@ -270,7 +270,8 @@ def test_log_of_other_decisions(ran: Federation, files: list[Path], evidences: l
     *_, paused, policy, lowered, resumed, restored = run("log", files[1]).stdout.splitlines()
     assert paused.endswith("  pause       B. Person  paused: a machine moves: today")
     assert (
-        "  policy      St. Mary  epsilon_t 3, epsilon_w None, delta 0.000001, minimum_hospitals 3, " in policy
+        "  policy      St. Mary  epsilon_t 3, epsilon_w None, delta 0.000001, epsilon_per_study None, "
+        in policy
     )
     assert lowered.endswith("  policy      St. Mary  epsilon_t 2")
     assert resumed.endswith("  pause       St. Mary  resumed: without a name")

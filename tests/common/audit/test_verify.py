@@ -276,6 +276,9 @@ def test_a_lowered_cap_acts_at_once(tmp_path: Path) -> None:
     federation.close()
 
 
+SOURCE = {"name": "extract", "patient": "patient", "columns": ("age", "bmi", "readmitted")}
+
+
 def rules(federation: Federation, epsilon: str = "3", **changes: Any) -> Rules:
     allowed = {
         "epsilon_t": epsilon,
@@ -286,6 +289,7 @@ def rules(federation: Federation, epsilon: str = "3", **changes: Any) -> Rules:
         "without_differential_privacy": False,
         "without_masks": False,
         "coordinators": (key_text(public_key(federation.coordinator)),),
+        "sources": (SOURCE,),
     }
     return Rules.model_validate({**allowed, **changes})
 
@@ -302,6 +306,10 @@ def test_a_study_that_the_policy_forbids_is_found(tmp_path: Path) -> None:
         {"minimum_hospitals": 4},
         {"coordinators": ()},
         {"max_round_minutes": 1, "minimum_hospitals": 4},
+        {"sources": ()},
+        {"sources": (SOURCE | {"name": "other"},)},
+        {"sources": (SOURCE | {"patient": "visit"},)},
+        {"sources": (SOURCE | {"columns": ("age", "bmi")},)},
     ]
     for change in forbidding:
         said = recorded.model_copy(update={"after": rules(federation, **change)})

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 
-import numpy as np
 import pytest
 
 from common.errors import UsageError
@@ -73,24 +72,6 @@ def test_sampling_never_costs_more_and_grows_with_the_rate() -> None:
             ]
             assert costs == sorted(costs)
             assert costs[0] > 0
-
-
-def test_rho_of_the_other_kinds(make_event: MakeEvent) -> None:
-    common = {name: value for name, value in no_dp().to_fields().items() if name != "kind"}
-    declared = Event.from_fields({**common, "kind": "declared"})
-    assert accountant.event_units(declared, 3, "w") == 0
-    event = make_event(z=4.0, steps=3)
-    assert accountant.event_units(event, 10, "t") / 2**64 == pytest.approx(3 * 10 / 32, rel=1e-6)
-    with pytest.raises(UsageError):
-        accountant.event_units(no_dp(), 3, "t")
-
-
-def integrated_delta(epsilon: float, mu: float) -> float:
-    """Hockey stick of N(mu, 1) against N(0, 1) by the trapezium rule."""
-    x = np.linspace(-12 + mu, mu + 14, 400_001)
-    p = np.exp(-((x - mu) ** 2) / 2) / math.sqrt(2 * math.pi)
-    p_other = np.exp(epsilon - x**2 / 2) / math.sqrt(2 * math.pi)
-    return float(np.maximum(0.0, p - p_other).sum() * (x[1] - x[0]))
 
 
 def test_gaussian_closed_form() -> None:
