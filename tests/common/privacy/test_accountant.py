@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from common.errors import UsageError
