@@ -110,6 +110,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
             subprocess.run(["sleep", "0.1"], check=True)
     listing = newcomer.run("site requests")
     assert newcomer.digest[:12] in listing
+    assert "decision     received" in newcomer.run("site show")
     text = newcomer.run("site approve DIGEST", "--yes", "--fingerprints-compared")
     for shown in ("purpose", "n = 3, t = 1", "m = 3", "compare      Northgate", "approved"):
         assert shown in text
@@ -129,6 +130,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     assert "round 3 of 3" in newcomer.run("study show")
     newcomer.run("study export")
     assert (folder / "model.safetensors").stat().st_size > 0
+    newcomer.run("site consent")
     assert "3 charges" in newcomer.run("site budget")
     newcomer.run("site pause")
     newcomer.run("site resume")
@@ -144,6 +146,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     assert "charge" in newcomer.run("audit log")
     newcomer.run("audit prove")
     assert "nothing that was there has changed" in newcomer.run("audit diff")
+    assert "code check on public data" in newcomer.run("audit canaries")
     assert newcomer.left == []
 
     (block,) = blocks("python")

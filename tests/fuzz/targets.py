@@ -546,14 +546,22 @@ def _settings(model: type[Any]) -> Callable[[bytes], Any]:
 
 
 def _settings_bytes(model: Any) -> bytes:
-    return tomli_w.dumps(json.loads(model.model_dump_json(by_alias=True))).encode()
+    # TOML has no null: what is absent is left out.
+    return tomli_w.dumps(json.loads(model.model_dump_json(by_alias=True, exclude_none=True))).encode()
 
 
 def _policies() -> Iterator[bytes]:
     text = new_files(NAMES[0], "127.0.0.1:8443", "ab" * 16)["policy.toml"]
     policy = tomllib.loads(text)
     policy["rules"]["coordinators"] = [identity.key_text(public("coordinator"))]
-    policy["data"] = {"extract": {"source": "csv:/srv/extract.csv", "patient": "patient_id"}}
+    policy["rules"] |= {"epsilon_per_study": 1.5, "training_window": "20:00-06:00"}
+    source = {
+        "source": "csv:/srv/extract.csv",
+        "patient": "patient_id",
+        "columns": ["age"],
+        "opt_out": "/srv/out.txt",
+    }
+    policy["data"] = {"extract": source}
     yield text.encode()
     yield tomli_w.dumps(policy).encode()
 
