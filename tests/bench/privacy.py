@@ -37,8 +37,8 @@ Written by `make bench ONLY=privacy` on {date}: {machine}, {versions}. It took {
 - engines.: one thread; no step adds noise.
 - pld.: delta = 1e-6, 31 coordinates, noise for an epsilon of 1 to 8, and 20. "ours" is what reports print;
   dp-accounting is its `PLDAccountant`, add or remove one, with the settings it comes with, which rounds each
-  loss up to a grid of 1e-4. Our full batches are in closed form: up to 1e-8 of themselves below that, never
-  below the exact value. With Poisson sampling both run the same code; they differ by the rounding of its FFTs.
+  loss up to a grid of 1e-4. Our full batches are in closed form, below that by up to 5e-9 of themselves, and with
+  Poisson sampling both run the same code, apart by the rounding of its FFTs: so ours are made larger by 1e-8.
 - filter.: the odometer of the same events over their PLD; then a cap over the PLD of the schedule with the least
   noise that the cap admits. With the noise for 20 by PLD and q of .1 or .02, no cap admits the events.
 - admission.: CPU time on one core of one decision with {past} rounds behind it, every other one with Poisson
