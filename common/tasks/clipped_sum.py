@@ -161,7 +161,7 @@ def clipped_sum(
     """
     layers = check_supported(module)
     total = {layer: {name: np.zeros(p.shape) for name, p in own.items()} for layer, own in layers.items()}
-    for rows in _pieces(patients, piece_rows):
+    for rows in pieces(patients, piece_rows):
         captured = _captured(module, layers, inputs[rows], labels[rows], loss)
         weights = _scales(captured, patients[rows], clip_norm)
         if not weights.numpy().all():
@@ -176,11 +176,11 @@ def clipped_sum(
     return np.concatenate([part.ravel() for own in total.values() for part in own.values()])
 
 
-def _pieces(patients: NDArray[np.int64], piece_rows: int) -> Iterator[slice]:
+def pieces(patients: NDArray[np.int64], piece_rows: int) -> Iterator[slice]:
     """Slices of about ``piece_rows`` of the sorted rows, cut only between patients; none without rows."""
     begin = 0
     while begin < len(patients):
-        stop = begin + piece_rows
+        stop = min(begin + piece_rows, len(patients))
         if stop < len(patients):
             cut = int(np.searchsorted(patients, patients[stop], side="left"))
             stop = cut if cut > begin else int(np.searchsorted(patients, patients[stop], side="right"))

@@ -11,7 +11,7 @@ or the progress callback.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -28,7 +28,7 @@ from common.errors import FailureError, RefusedError
 from common.privacy.clipping import clip, sanitise, weight_limit
 from common.privacy.gate import LocalGate, PlainGate, Release, SharedGate, SteppingGate, Vector
 from common.study import DifferentialPrivacy, Study
-from common.tasks.clipped_sum import clipped_sum
+from common.tasks.clipped_sum import clipped_sum, pieces
 from common.tasks.models import build
 from common.tasks.models.layout import Tensor, flatten, layout, size
 
@@ -305,31 +305,16 @@ def _chosen(rows: Rows, chosen: NDArray[np.bool_]) -> Rows:
 def _step(wrapped: nn.Module, optimizer: GatedOptimizer, piece_rows: int, rows: Rows) -> None:
     """One release of these rows, in pieces of about ``piece_rows`` rows, then noise and descent."""
     x, y, patients = rows
-    for begin, stop in _pieces(patients, piece_rows):
-        _, local = np.unique(patients[begin:stop], return_inverse=True)
+    # No rows are a step like any other: one empty piece.
+    for piece in list(pieces(patients, piece_rows)) or [slice(0, 0)]:
+        _, local = np.unique(patients[piece], return_inverse=True)
         # Hooks on a module none of whose inputs needs a gradient make torch warn.
-        inputs = torch.tensor(x[begin:stop], dtype=torch.float64, requires_grad=True)
+        inputs = torch.tensor(x[piece], dtype=torch.float64, requires_grad=True)
         optimizer.zero_grad()
-        loss = cross_entropy(wrapped(inputs), torch.tensor(y[begin:stop]), reduction="sum")
+        loss = cross_entropy(wrapped(inputs), torch.tensor(y[piece]), reduction="sum")
         loss.backward()  # type: ignore[no-untyped-call]
         count = int(local[-1]) + 1 if len(local) else 0
         optimizer.take_patients(torch.tensor(local, dtype=torch.int64), count)
-        optimizer.signal_skip_step(do_skip=stop < len(patients))
+        optimizer.signal_skip_step(do_skip=piece.stop < len(patients))
         optimizer.step()
     optimizer.zero_grad()
-
-
-def _pieces(patients: NDArray[np.int64], piece_rows: int) -> Iterator[tuple[int, int]]:
-    """Ranges that cover the sorted rows, cut only between patients; one empty range for no rows."""
-    begin = 0
-    while True:
-        stop = begin + piece_rows
-        if stop < len(patients):
-            # The last cut at or before ``stop``, or the end of the first patient if that one is longer.
-            cut = int(np.searchsorted(patients, patients[stop], side="left"))
-            stop = cut if cut > begin else int(np.searchsorted(patients, patients[stop], side="right"))
-        stop = min(stop, len(patients))
-        yield begin, stop
-        if stop >= len(patients):
-            return
-        begin = stop
