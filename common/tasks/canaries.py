@@ -27,7 +27,7 @@ from common.secagg.noise import with_noise
 from common.study import DifferentialPrivacy, Study
 from common.tasks.models import build
 from common.tasks.models.layout import flatten
-from common.tasks.training import contribute, train_local
+from common.tasks.training import Rows, contribute, train_local
 
 if TYPE_CHECKING:
     from common.admissible import Admitted
@@ -119,7 +119,7 @@ def observe(study: Study, admitted: "Admitted", start: State, seed: int, entropy
     copies = min(study.contract.rows_per_patient, MAX_ROWS)
     here = np.repeat(patients, copies)
     rate = training.learning_rate / (training.sampling_rate * training.patients_public)
-    honest = admitted.members - admitted.colluders if admitted.shared else 1
+    honest = _honest(admitted)
     share = params.variance(honest)
 
     overlaps, found, state = np.zeros((2, count, count)), np.zeros((2, count)), dict(start)
@@ -127,22 +127,10 @@ def observe(study: Study, admitted: "Admitted", start: State, seed: int, entropy
     for _ in range(rounds):
         x, y = _rows(study.contract, count, public), public.integers(0, classes, count)
         model = flatten(state, admitted.layout)
-        if admitted.shared:
-            shared = _WatchedShared(params, entropy)
-            q = contribute(state, x[here], y[here], here, study, shared).q
-            words = to_words(q, admitted.codec.bits, q.size, 2 ** (admitted.codec.bits - 1) - 1, "sums")
-            for _ in range(honest):
-                words = with_noise(words, share, entropy(32), entropy(32), discrete_gaussian)
-            # What is summed points downhill.
-            uphill = -dequantise(from_words(words), params.grid_step)
-            seen: Seen = ([shared.fallen], [-dequantise(q, params.grid_step)], [uphill])
-            after = model - rate / admitted.members * uphill
-        else:
-            gate = _Watched(params, entropy)
-            change = train_local(state, x[here], y[here], here, study, gate, lambda _done, _steps: None)
-            release = gate.finish(change, admitted.quantiser(entropy))
-            seen = gate.seen
-            after = model + dequantise(release.q, admitted.codec.step) / admitted.members
+        mine = x[here], y[here], here
+        one_round = _shared_round if admitted.shared else _local_round
+        seen, moved = one_round(study, admitted, params, state, mine, entropy)
+        after = model + moved
         for fallen, clipped_sum, released in zip(*seen, strict=True):
             raw = copies * _gradients(model, study, admitted, x, y)
             norms = np.linalg.norm(raw, axis=1, keepdims=True)
@@ -164,6 +152,38 @@ def observe(study: Study, admitted: "Admitted", start: State, seed: int, entropy
     scores = np.stack([np.linalg.solve(overlaps[at] + r * np.eye(count), found[at]) for at, r in ways])
     numbers = rounds * params.steps * params.dim
     return Observed(scores, included, rounds, sum_error, squares / numbers / (honest * share), numbers)
+
+
+def _honest(admitted: "Admitted") -> int:
+    """How many shares of the noise are counted on."""
+    return admitted.members - admitted.colluders if admitted.shared else 1
+
+
+def _shared_round(
+    study: Study, admitted: "Admitted", params: GateParams, state: State, mine: Rows, entropy: Entropy
+) -> tuple[Seen, Vector]:
+    """One round of ``shared-noise``: what was seen, and how the hub moves the model; float64 [d]."""
+    training, honest = study.training, _honest(admitted)
+    watched = _WatchedShared(params, entropy)
+    q = contribute(state, *mine, study, watched).q
+    words = to_words(q, admitted.codec.bits, q.size, 2 ** (admitted.codec.bits - 1) - 1, "sums")
+    for _ in range(honest):
+        words = with_noise(words, params.variance(honest), entropy(32), entropy(32), discrete_gaussian)
+    # What is summed points downhill.
+    uphill = -dequantise(from_words(words), params.grid_step)
+    rate = training.learning_rate / (training.sampling_rate * training.patients_public)
+    seen = [watched.fallen], [-dequantise(q, params.grid_step)], [uphill]
+    return seen, -rate / admitted.members * uphill
+
+
+def _local_round(
+    study: Study, admitted: "Admitted", params: GateParams, state: State, mine: Rows, entropy: Entropy
+) -> tuple[Seen, Vector]:
+    """One round of ``local``: what was seen of its steps, and how the hub moves the model; float64 [d]."""
+    gate = _Watched(params, entropy)
+    change = train_local(state, *mine, study, gate, lambda _done, _steps: None)
+    release = gate.finish(change, admitted.quantiser(entropy))
+    return gate.seen, dequantise(release.q, admitted.codec.step) / admitted.members
 
 
 def _rows(contract: Contract, count: int, public: np.random.Generator) -> Vector:
