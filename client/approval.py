@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from client.guard import Guard
-from client.settings import DataSource
-from client.sources.files import load_table
+from client.sources.extract import load_table
+from client.sources.source import DataSource
 from client.state import SiteHome
 from client.studies import StudyFolder
 from common.admissible import Admitted
@@ -78,15 +78,15 @@ class Review:
         Raises: ContractError naming file, column and rule; BudgetExhaustedError.
         """
         contract = self.manifest.study.contract
-        table = load_table(self.source.kind, self.source.path, contract, key=self.split_key, part="train")
+        table = load_table(self.source, contract, key=self.split_key, part="train")
         table = table.without(self.guard.opt_outs(self.manifest))
         privacy, fewest = self.manifest.study.privacy, self.guard.policy.rules.minimum_patients
         if table.patients < fewest:
-            problem = f"{self.source.path} holds fewer usable patients than the {fewest} of minimum_patients"
+            problem = f"{self.source.where} holds fewer usable patients than the {fewest} of minimum_patients"
             remedy = "Deny the study, or lower minimum_patients in policy.toml; the hub learns neither."
             raise ContractError("contract.minimum-patients", problem, remedy=remedy)
         if isinstance(privacy, DifferentialPrivacy) and table.patients > privacy.max_patients:
-            problem = f"{self.source.path} holds more patients than the study's privacy.max_patients"
+            problem = f"{self.source.where} holds more patients than the study's privacy.max_patients"
             remedy = "Ask the coordinator for a study with a higher max_patients."
             raise ContractError("contract.max-patients", problem, remedy=remedy)
         self.guard.check_budget(self.manifest, self.admitted, 1, self.manifest.study.training.rounds)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.frames import read_frame, write_frame
-from client.settings import DataSource
+from client.sources.source import DataSource
 from common.errors import ContractError, FailureError, WardroundError
 
 log = logging.getLogger("wardround.site.worker")
@@ -42,8 +42,7 @@ class Computation:
         self._manifest_bytes = manifest_bytes
         self._header = {
             "op": "prepare",
-            "kind": source.kind,
-            "path": str(source.path.resolve()),
+            "source": source.model_dump(mode="json"),
             "split_key": split_key.hex(),
         }
         # Patients to leave out of the next round.

@@ -18,8 +18,9 @@ from client import rules
 from client.identity import SiteIdentity, load_policy
 from client.pins import Pins
 from client.reservations import Reservations
-from client.settings import DataSource, Policy, Register
+from client.settings import Policy, Register
 from client.sources.opt_out import read_opt_outs
+from client.sources.source import DataSource
 from client.state import SiteHome, write_durable
 from client.studies import StudyFolder
 from common.admissible import Admitted, check

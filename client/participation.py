@@ -22,7 +22,7 @@ from client.computation import Computation
 from client.guard import Guard
 from client.identity import SiteIdentity
 from client.running import Running, label, only
-from client.settings import DataSource
+from client.sources.source import DataSource
 from client.state import RunFile, SiteHome
 from client.studies import StudyFolder
 from common import messages

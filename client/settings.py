@@ -12,6 +12,7 @@ from typing import Annotated, Final, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from client.sources.source import DataSource
 from common.contract import Strict
 from common.errors import RefusedError, UsageError
 from common.privacy.filter import Cap
@@ -53,29 +54,6 @@ class Register(Strict):
     def cap(self) -> Cap:
         """The caps as the filter takes them."""
         return Cap(epsilon_t=self.epsilon_t, epsilon_w=self.epsilon_w, delta=self.delta)
-
-
-class DataSource(Strict):
-    """A named extract: ``csv:/path`` or ``parquet:/path``, and what of it studies may see.
-
-    ``columns`` are all that a study's contract may name beside ``patient``; ``opt_out`` a file of the ids of
-    patients who are left out, one a line.
-    """
-
-    source: Annotated[str, Field(pattern=r"^(csv|parquet):.+$")]
-    patient: Annotated[str, Field(min_length=1, max_length=128)]
-    columns: list[Text] = Field(default_factory=list)
-    opt_out: str = ""
-
-    @property
-    def kind(self) -> str:
-        """csv or parquet."""
-        return self.source.partition(":")[0]
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return Path(self.source.partition(":")[2])
 
 
 class Rules(Strict):

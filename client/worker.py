@@ -10,7 +10,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection
-from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -18,7 +17,8 @@ import numpy as np
 
 from client.frames import read_frame, write_frame
 from client.isolation import refuse_sockets_and_processes
-from client.sources.files import load_table
+from client.sources.extract import load_table
+from client.sources.source import DataSource
 from client.sources.table import Table
 from common.admissible import Admitted, check
 from common.errors import FailureError, WardroundError
@@ -42,8 +42,7 @@ class Worker:
         manifest = Manifest.from_bytes(manifest_bytes)
         self._admitted = check(manifest, None)
         self._table = load_table(
-            str(header["kind"]),
-            Path(str(header["path"])),
+            DataSource.model_validate(header["source"]),
             manifest.study.contract,
             key=bytes.fromhex(str(header["split_key"])),
             part="train",

@@ -6,14 +6,15 @@ other patients or the order of the file; ids stay inside, and neither they nor a
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.contract import BLANKS, UNUSABLE, Contract
+from common.contract import Contract
+from common.contract.cells import BLANKS
 from common.encoding import derive, u64
 
 Part: TypeAlias = Literal["train", "holdout"]
@@ -21,7 +22,7 @@ Part: TypeAlias = Literal["train", "holdout"]
 NO_ID: Final = frozenset({"", "-", "?", "na", "n/a", "nan", "<na>", "nat", "none", "null"})
 """Texts, in lower case, with which exports write an absent patient id."""
 
-_ROUNDED: Final = re.compile(r"[0-9](\.[0-9]+)?[eE]\+[0-9]+")
+ROUNDED: Final = r"[0-9](\.[0-9]+)?[eE]\+[0-9]+"
 """A long number as spreadsheets show it: its last digits are lost, so that patients share it."""
 
 
@@ -71,7 +72,7 @@ def patient_id(cell: object) -> str | None:
     Two patients under one id would be clipped as one, which is not what the guarantee counts on.
     """
     text = cell.strip(BLANKS) if isinstance(cell, str) else ""
-    return None if text.lower() in NO_ID or _ROUNDED.fullmatch(text) else text
+    return None if text.lower() in NO_ID or re.fullmatch(ROUNDED, text) else text
 
 
 def in_holdout(key: bytes, patient: str, share: float) -> bool:
@@ -86,45 +87,49 @@ def in_holdout(key: bytes, patient: str, share: float) -> bool:
     return bits * denominator < numerator << 64
 
 
-def build_table(
-    patients: Sequence[object],
-    x: NDArray[np.float64],
-    y: NDArray[np.int64],
-    contract: Contract,
-    *,
-    key: bytes,
-    part: Part,
-) -> Table:
-    """One part of the rows, ordered by patient id and, within a patient, by KDF rank.
+def in_part(ids: NDArray[np.object_], contract: Contract, *, key: bytes, part: Part) -> NDArray[np.bool_]:
+    """Which rows belong to a part: bool [n] from the patients of the rows, in ascending order."""
+    if contract.holdout == 0:
+        return np.full(len(ids), part == "train", dtype=np.bool_)
+    starts, counts = _patients(ids)
+    held = [in_holdout(key, patient, contract.holdout) for patient in ids[starts]]
+    return np.repeat(np.array(held, dtype=np.bool_) == (part == "holdout"), counts)
 
-    ``patients`` [n] cells of the patient column; ``x`` [n, width], ``y`` [n] from ``Contract.encode``. Rows
-    without a patient or a usable label are left out; of a patient with more than ``rows_per_patient`` rows,
-    those with the lowest ranks stay.
+
+def build_table(
+    ids: NDArray[np.object_], x: NDArray[np.float64], y: NDArray[np.int64], contract: Contract, *, key: bytes
+) -> Table:
+    """The table of the rows of one part; a patient's rows are put in the order of their KDF ranks.
+
+    ``ids`` [n] in ascending order, ``x`` [n, width] and ``y`` [n], all usable, as ``Contract.encode`` gives
+    them; both are reordered in place. Of a patient with more than ``rows_per_patient`` rows, those with the
+    lowest ranks stay.
 
     Guarantee: tables_are_separable_by_patient - without a patient's rows the table is the same, without them.
     Guarantee: file_order_changes_nothing - any order of the same rows gives the same table.
     Guarantee: row_cap_holds - no patient has more than rows_per_patient rows.
     """
-    rows_of: dict[str, list[int]] = {}
-    for row, cell in enumerate(patients):
-        if y[row] != UNUSABLE and (patient := patient_id(cell)) is not None:
-            rows_of.setdefault(patient, []).append(row)
-    if contract.holdout > 0:
-        wanted = part == "holdout"
-        ids = sorted(p for p in rows_of if in_holdout(key, p, contract.holdout) == wanted)
-    else:
-        ids = sorted(rows_of) if part == "train" else []
-    chosen: list[int] = []
-    counts: list[int] = []
-    for patient in ids:
-        rows = rows_of[patient]
-        if len(rows) > 1:
-            ranks = {row: _rank(key, patient, x[row], int(y[row])) for row in rows}
-            rows = sorted(rows, key=ranks.__getitem__)[: contract.rows_per_patient]
-        chosen += rows
-        counts.append(len(rows))
-    index = np.array(chosen, dtype=np.int64)
-    return Table(x[index], y[index], np.repeat(np.arange(len(ids)), counts).astype(np.int64), ids)
+    starts, counts = _patients(ids)
+    patients = ids[starts].tolist()
+    if len(ids) > len(patients):
+        end = 0
+        for at, (patient, start, count) in enumerate(zip(patients, starts, counts, strict=True)):
+            rows = list(range(start, start + count))
+            if count > 1:
+                ranks = {row: _rank(key, patient, x[row], int(y[row])) for row in rows}
+                rows = sorted(rows, key=ranks.__getitem__)[: contract.rows_per_patient]
+            # What is written over here belongs to this patient, or to one whose rows were moved before.
+            into = slice(end, end + len(rows))
+            x[into], y[into] = x[rows], y[rows]
+            counts[at], end = len(rows), into.stop
+        x, y = x[:end], y[:end]
+    return Table(x, y, np.repeat(np.arange(len(patients)), counts).astype(np.int64), patients)
+
+
+def _patients(ids: NDArray[np.object_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each patient's rows start and how many there are."""
+    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])[: len(ids)]).astype(np.int64)
+    return starts, np.diff(np.append(starts, len(ids))).astype(np.int64)
 
 
 def _rank(key: bytes, patient: str, x: NDArray[np.float64], y: int) -> bytes:

@@ -21,7 +21,7 @@ from safetensors.numpy import load
 
 from client import app as client_app
 from client.participation import Participation
-from client.settings import DataSource
+from client.sources.source import DataSource
 from common import flower
 from common.contract import Contract
 from common.ledger.entries import Charge

@@ -24,7 +24,7 @@ from client.computation import Computation
 from client.guard import Guard
 from client.identity import SiteIdentity, create_site
 from client.participation import Participation
-from client.settings import DataSource
+from client.sources.source import DataSource
 from client.state import SiteHome
 from client.studies import StudyFolder
 from client.worker import Worker

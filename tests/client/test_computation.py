@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from client.computation import PASSED_ENVIRONMENT, Computation
-from client.settings import DataSource
+from client.sources.source import DataSource
 from common.admissible import check
 from common.errors import ContractError, FailureError
 from common.study import Manifest

@@ -64,7 +64,8 @@ def released(manifest: Manifest, rows: list[Row], state: bytes) -> NDArray[np.in
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("patient", "age", "bmi", "readmitted"), *rows])
         worker = Worker()
-        worker.prepare({"kind": "csv", "path": str(path), "split_key": KEY}, manifest.to_bytes())
+        source = {"source": f"csv:{path}", "patient": "patient"}
+        worker.prepare({"source": source, "split_key": KEY}, manifest.to_bytes())
         return np.frombuffer(worker.compute(state), "<i8")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import tomli_w
 
-from client.settings import DataSource, Policy, Register, SiteSettings, load, new_files
+from client.settings import Policy, Register, SiteSettings, load, new_files
+from client.sources.source import DataSource
 from common.errors import RefusedError, UsageError
 
 REGISTER = "0123456789abcdef" * 2

@@ -28,8 +28,9 @@ torch.set_num_threads(1)
 
 
 def header(federation: Federation, number: int = 1, **changes: str) -> dict[str, Any]:
-    path = federation.sites[number].folder / "extract.csv"
-    return {"op": "prepare", "kind": "csv", "path": str(path), "split_key": bytes(32).hex()} | changes
+    where = f"csv:{federation.sites[number].folder / 'extract.csv'}"
+    source = {"source": changes.pop("source", where), "patient": "patient"}
+    return {"op": "prepare", "source": source, "split_key": bytes(32).hex()} | changes
 
 
 def answers(*requests: tuple[dict[str, Any], bytes]) -> list[tuple[dict[str, Any], bytes]]:
@@ -85,8 +86,8 @@ def test_other_requests_fail_by_code_and_the_worker_goes_on(
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"path": f"/nowhere/{CANARY}.csv"}, "source.unreadable"),
-        ({"kind": CANARY}, "source.kind"),
+        ({"source": f"csv:/nowhere/{CANARY}.csv"}, "source.unreadable"),
+        ({"source": CANARY}, "worker.ValidationError"),
         ({"split_key": CANARY}, "worker.ValueError"),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.sources.table import Part, Table, build_table, in_holdout, patient_id
+from client.sources.table import Part, Table, in_holdout, patient_id
 from common.contract import Contract, Label, Number
 from common.encoding import derive
+from tests.tables import table_of
 
 KEY = b"\x05" * 32
 Row = tuple[object, float, str]
@@ -33,7 +34,7 @@ def contract(cap: int = 2, holdout: float = 0.0) -> Contract:
 
 def build(rows: list[Row], rules: Contract, part: Part = "train", key: bytes = KEY) -> Table:
     x, y = rules.encode({"age": [row[1] for row in rows], "y": [row[2] for row in rows]})
-    return build_table([row[0] for row in rows], x, y, rules, key=key, part=part)
+    return table_of([row[0] for row in rows], x, y, rules, key=key, part=part)
 
 
 def content(table: Table) -> dict[str, list[tuple[Any, ...]]]:

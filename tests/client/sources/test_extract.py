@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from client.sources import files
-from client.sources.files import load_table
-from client.sources.table import Table, build_table
+from client.sources import engine, extract
+from client.sources.extract import load_table
+from client.sources.source import DataSource
+from client.sources.table import Table
 from common.contract import Category, Contract, Label, Number
 from common.errors import ContractError, FailureError
+from tests.tables import table_of
 
 KEY = b"\x07" * 32
 SECRET = "Müller-Secret-4711"
@@ -48,8 +51,17 @@ def parquet(path: Path, select: str) -> Path:
     return path
 
 
+def ndjson(path: Path, select: str) -> Path:
+    duckdb.sql(f"COPY ({select}) TO '{path}' (FORMAT json)")
+    return path
+
+
+def source(path: Path, kind: str = "csv", **more: Any) -> DataSource:
+    return DataSource(source=f"{kind}:{path}", patient="pid", **more)
+
+
 def load(path: Path, kind: str = "csv", contract: Contract = CONTRACT) -> Table:
-    return load_table(kind, path, contract, key=KEY)
+    return load_table(source(path, kind), contract, key=KEY)
 
 
 def refusal(path: Path, kind: str = "csv", contract: Contract = CONTRACT) -> ContractError:
@@ -104,11 +116,11 @@ cell_texts = st.one_of(
 def test_csv_agrees_with_encoding_the_cells(tmp_path: Path, rows: list[list[str]]) -> None:
     path = write(tmp_path / "cells.csv", [list(row) for row in rows])
     x, y = CONTRACT.encode({name: [row[i] for row in rows] for i, name in enumerate(HEADER)})
-    expected = build_table([row[0] for row in rows], x, y, CONTRACT, key=KEY, part="train")
+    expected = table_of([row[0] for row in rows], x, y, CONTRACT, key=KEY)
     assert same(load(path), expected)
 
 
-def test_csv_and_parquet_agree(tmp_path: Path) -> None:
+def test_all_kinds_agree(tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
     rows: list[list[object]] = [
         [f"p{generator.integers(40)}", a, c, k, d]
@@ -130,6 +142,14 @@ def test_csv_and_parquet_agree(tmp_path: Path) -> None:
     assert table.patients > 20
     assert same(table, load(typed, "parquet"))
     assert same(table, load(strings, "parquet"))
+    for select in (f"FROM '{typed}'", f"FROM '{strings}'"):
+        assert same(table, load(ndjson(tmp_path / "a.ndjson", select), "ndjson"))
+        base = tmp_path / "a.duckdb"
+        base.unlink(missing_ok=True)
+        with duckdb.connect(str(base)) as connection:
+            connection.execute(f"CREATE SCHEMA s; CREATE TABLE s.t AS {select}; CREATE VIEW v AS FROM s.t")
+        for name in ("s.t", "v"):
+            assert same(table, load_table(source(base, "duckdb", table=name), CONTRACT, key=KEY))
 
 
 @pytest.mark.parametrize(
@@ -213,47 +233,52 @@ def test_column_names_are_only_names(tmp_path: Path) -> None:
     assert load(typed, "parquet", contract).x.tolist() == [[0.0]]
 
 
-def test_other_files_are_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["csv", "parquet", "ndjson"])
+def test_other_files_are_out_of_reach(tmp_path: Path, kind: str) -> None:
+    text = write(tmp_path / "a.csv", [["p1", "50", "10", "1", "1"]])
+    path = {
+        "csv": text,
+        "parquet": parquet(tmp_path / "a.parquet", f"FROM read_csv('{text}', all_varchar = true)"),
+        "ndjson": ndjson(tmp_path / "a.ndjson", f"FROM read_csv('{text}', all_varchar = true)"),
+    }[kind]
+    other = write(tmp_path / "b.csv", [["p1", "50", "10", "1", "1"]])
+    before = sorted(entry.name for entry in tmp_path.iterdir())
+    forbidden = [
+        f"FROM read_csv('{other}')",
+        f"FROM '{other}'",
+        f"FROM glob('{tmp_path}/*')",
+        f"FROM read_text('{other}')",
+        f"ATTACH '{tmp_path / 'x.db'}'",
+        f"COPY (SELECT 1) TO '{tmp_path / 'out.csv'}'",
+        "SET enable_external_access = true",
+        f"SET allowed_paths = ['{other}']",
+        "SET temp_directory = '/tmp'",
+        "SET disabled_filesystems = ''",
+        "SET threads = 1",
+        "LOAD httpfs",
+        "INSTALL httpfs",
+    ]
+    # Where the rows were copied, the file itself is out of reach too; it is never written.
+    forbidden += [f"COPY extract TO '{path}'"] if kind == "parquet" else [f"FROM read_csv('{path}')"]
+    with extract.opened(source(path, kind), CONTRACT) as found:
+        assert found.count() == 1
+        for query in forbidden:
+            with pytest.raises(duckdb.Error):
+                found.connection.execute(query)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == before
+    assert load(path, kind).patients == 1
+
+
+def test_other_files_are_out_of_reach_before_the_lock(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [["p1", "50", "10", "1", "1"]])
     other = write(tmp_path / "b.csv", [["p1", "50", "10", "1", "1"]])
-    held: list[duckdb.DuckDBPyConnection] = []
-    before_load: list[str] = []
-    real_copy, real_columns = files._copy, files._columns
-
-    def refused(connection: duckdb.DuckDBPyConnection, query: str) -> None:
-        with pytest.raises(duckdb.Error):
-            connection.execute(query)
-
-    def copy(connection: Any, *rest: Any) -> None:
+    with engine.connect([path]) as connection:
+        assert connection.execute(f"SELECT count(*) FROM read_csv('{path}')").fetchone() == (1,)
         for query in (f"FROM read_csv('{other}')", f"FROM '{other}'", f"ATTACH '{tmp_path / 'x.db'}'"):
-            refused(connection, query)
-            before_load.append(query)
-        refused(connection, f"COPY (SELECT 1) TO '{tmp_path / 'out.csv'}'")
-        refused(connection, "SET enable_external_access = true")
-        refused(connection, f"SET allowed_paths = ['{other}']")
-        real_copy(connection, *rest)
-
-    def columns(connection: Any, *rest: Any) -> Any:
-        held.append(connection)
-        for query in (
-            f"FROM read_csv('{path}')",
-            f"FROM read_csv('{other}')",
-            f"COPY extract TO '{path}'",
-            "SET temp_directory = '/tmp'",
-            "SET disabled_filesystems = ''",
-            "SET threads = 1",
-            "LOAD httpfs",
-            "INSTALL httpfs",
-        ):
-            refused(connection, query)
-        return real_columns(connection, *rest)
-
-    monkeypatch.setattr(files, "_copy", copy)
-    monkeypatch.setattr(files, "_columns", columns)
-    assert load(path).patients == 1
-    assert len(before_load) == 3
-    assert len(held) == 1
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+            with pytest.raises(duckdb.Error):
+                connection.execute(query)
+        with pytest.raises(duckdb.Error):
+            connection.execute("SET enable_external_access = true")
 
 
 def test_the_file_is_not_changed_and_the_connection_closed(
@@ -296,7 +321,8 @@ def test_a_link_to_a_file_is_that_file(tmp_path: Path) -> None:
 def test_unreadable_sources_are_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent.csv").code == "source.unreadable"
     assert refusal(tmp_path).code == "source.unreadable"
-    assert refusal(tmp_path / "a.csv", "xlsx").code == "source.kind"
+    with pytest.raises(ValidationError):
+        source(tmp_path / "a.csv", "xlsx")
     os.mkfifo(tmp_path / "pipe")
     assert refusal(tmp_path / "pipe").code == "source.unreadable"
     for name in ("absent.csv", "pipe"):
@@ -367,7 +393,7 @@ def test_source_errors_hold_no_value(tmp_path: Path, body: bytes) -> None:
 
 def test_the_malformed_line_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [["p1", "1", "2", "1", "0"], ["p2", "1"]])
-    assert "line 3 " in refusal(path).problem
+    assert "line 3" in refusal(path).problem
 
 
 def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
