@@ -66,8 +66,8 @@ def _rules(policy: Policy, manifest: Manifest, admitted: Admitted) -> Iterator[t
     problem = f"the study takes column {study.contract.patient!r} for the patient, the policy another"
     remedy = "Ask the coordinator for a study on the patient column that policy.toml names."
     yield source.patient == study.contract.patient, "policy.patient", problem, remedy
-    beyond = [name for name in study.contract.columns if name not in source.columns]
-    problem = f"the policy does not name column {beyond[0]!r} of [data.{study.data}]" if beyond else ""
+    beyond = study.contract.beyond(source.columns, source.form)
+    problem = f"the policy does not name {beyond[0]!r} among columns of [data.{study.data}]" if beyond else ""
     remedy = f"Add it to columns of [data.{study.data}] in policy.toml, or deny the study."
     yield not beyond, "policy.columns", problem, remedy
     if private and rules.epsilon_per_study is not None:

@@ -129,6 +129,10 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
     study = manifest.study
     if now_minute is not None and now_minute >= study.expires:
         raise _refusal("expires", f"the study expired at {study.expires}")
+    if study.contract.tokens:
+        # Tokens are names, not amounts: only an embedding can read them.
+        rule = f"{study.contract.tokens[0]!r} gives tokens, which {study.model.kind} cannot read"
+        raise _refusal("contract.features", rule, 'Use form = "bag" for it.')
     tensors = layout(study.model, study.contract)
     dim = size(tensors)
     if dim > MAX_WORDS:

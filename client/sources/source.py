@@ -5,15 +5,12 @@ names, units and codes to a contract's is the hospital's; no secret stands here.
 """
 
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from common.contract import Strict
+from common.contract import Form, Strict
 
-FILES: Final = ("csv", "parquet", "ndjson")
-CODED: Final = ("omop", "fhir")
-Kind: TypeAlias = Literal["csv", "parquet", "ndjson", "duckdb", "sql", "omop", "fhir", "dicom"]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -59,8 +56,13 @@ class DataSource(Strict):
 
     @property
     def kind(self) -> str:
-        """What it is: one of Kind."""
+        """csv, parquet, ndjson, duckdb, sql, omop, fhir or dicom."""
         return self.source.partition(":")[0]
+
+    @property
+    def form(self) -> Form:
+        """How its policy says what studies may read: by column, or by the codes of OMOP or FHIR."""
+        return "omop" if self.kind == "omop" else "fhir" if self.kind == "fhir" else "columns"
 
     @property
     def where(self) -> str:

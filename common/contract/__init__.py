@@ -6,9 +6,9 @@ ever taken from the rows; encoding is total, so no cell can make it fail, and ea
 that row alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import date
-from typing import Annotated, Final, Self, TypeAlias
+from typing import Annotated, Final, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +33,13 @@ from common.contract.sequences import Events, Image, Series, Text
 from common.errors import ContractError
 
 __all__ = [
-    "LARGEST", "LISTED", "PRINTABLE", "STRICT", "UNUSABLE", "Category", "Code", "Column", "Contract",
-    "Derived", "Events", "Feature", "Finite", "Image", "Label", "Line", "Number", "PublicTable", "Series",
-    "Strict", "Text", "Values", "Window", "broken", "text_of",
+    "FORMS", "LARGEST", "LISTED", "PRINTABLE", "STRICT", "UNUSABLE", "Category", "Code", "Column", "Contract",
+    "Derived", "Events", "Feature", "Finite", "Form", "Image", "Label", "Line", "Number", "PublicTable",
+    "Series", "Strict", "Text", "Values", "Window", "broken", "text_of",
 ]  # fmt: skip
 
+Form: TypeAlias = Literal["columns", "omop", "fhir"]
+FORMS: Final[tuple[Form, ...]] = ("columns", "omop", "fhir")
 MAX_WIDTH: Final = 1_000_000
 MAX_QUERY: Final = 20_000
 
@@ -148,6 +150,27 @@ class Contract(Strict):
         """What gives each column where data are coded, by column."""
         pairs = [feature.derived for feature in self.features] + [self.label.derived]
         return {name: source for found in pairs for name, source in found.items()}
+
+    def beyond(self, allowed: Collection[str], form: Form = "columns") -> list[str]:
+        """What this contract reads of a source whose policy allows only ``allowed``.
+
+        Of a source with codes (``form`` omop or fhir) a policy allows ``age``, ``sex``, ``condition:<code>``,
+        ``drug:*``. A query sees nothing but the columns that are allowed.
+        """
+        if form == "columns":
+            window = () if self.window is None else (self.window.column,)
+            return [] if self.query else [name for name in (*self.columns, *window) if name not in allowed]
+        found = []
+        for name in self.columns:
+            source = self.derived.get(name)
+            if source is None:
+                found.append(name)
+            elif f"{source.what}:*" not in allowed:
+                codes = source.omop if form == "omop" else source.fhir
+                named = [f"{source.what}:{code}" for code in codes]
+                plain = source.what if source.what in ("age", "sex") else f"{source.what}:*"
+                found += [name for name in named or [plain] if name not in allowed]
+        return found
 
     @property
     def tokens(self) -> tuple[str, ...]:

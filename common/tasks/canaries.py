@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from common.contract import Contract, Number
+from common.contract import Category, Contract
 from common.errors import UsageError
 from common.privacy.gate import Entropy, GateParams, LocalGate, SharedGate, Vector
 from common.privacy.noise import coins, discrete_gaussian
@@ -189,9 +189,9 @@ def _local_round(
 def _rows(contract: Contract, count: int, public: np.random.Generator) -> Vector:
     """Encoded rows at the corners of the contract, where gradients are largest; float64 [count, width]."""
     blocks = [
-        public.choice([-1.0, 1.0], (count, 1))
-        if isinstance(feature, Number)
-        else np.eye(feature.width)[public.integers(0, feature.width, count)]
+        np.eye(feature.width)[public.integers(0, feature.width, count)]
+        if isinstance(feature, Category)
+        else public.choice([-1.0, 1.0], (count, feature.width))
         for feature in contract.features
     ]
     return np.concatenate(blocks, axis=1)
