@@ -85,7 +85,7 @@ class Series(Strict):
                     self._place(raw[row], cell)
             blocks.append((channel.scaled(raw), np.isfinite(raw).astype(np.float64)))
         stacked = [block for block, _ in blocks] + [mask for _, mask in blocks]
-        return np.stack(stacked, axis=2).reshape(len(stacked[0]), -1)
+        return np.stack(stacked, axis=2).reshape(len(stacked[0]), self.width)
 
     def _place(self, row: NDArray[np.float64], cell: object) -> None:
         for time, value in entries_of(cell):
@@ -115,12 +115,8 @@ class Events(Single):
 
     def encode(self, *values: Values) -> NDArray[np.float64]:
         """float64 [n, width]; tokens are whole numbers, everything else is in [-1, 1]."""
-        found = [
-            [(time, text_of(value) or "") for time, value in entries_of(cell)][-self.length :]
-            if self.form == "tokens"
-            else [(time, text_of(value) or "") for time, value in entries_of(cell)]
-            for cell in values[0]
-        ]
+        first = -self.length if self.form == "tokens" else None
+        found = [[(at, text_of(value) or "") for at, value in entries_of(cell)][first:] for cell in values[0]]
         tokens = _encoded([[code for _, code in row] for row in found], self.codes, self.form, self.length)
         if self.form == "bag" or self.horizon is None:
             return tokens
@@ -129,7 +125,7 @@ class Events(Single):
             times[at, : len(row)] = np.nan_to_num(
                 [time / self.horizon for time, _ in row], posinf=1.0, neginf=-1.0
             )
-        return np.stack([tokens, np.clip(times, -1.0, 1.0)], axis=2).reshape(len(tokens), -1)
+        return np.stack([tokens, np.clip(times, -1.0, 1.0)], axis=2).reshape(len(tokens), self.width)
 
 
 def words_of(text: str) -> tuple[str, ...]:
