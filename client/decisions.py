@@ -9,6 +9,7 @@ once, with who took it and why.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,13 +17,17 @@ from typing import Annotated, Any, Literal
 import typer
 
 from client.approval import approved_last, changes, offered, review, summary
+from client.egress import leaving
+from client.egress import text as listed
 from client.guard import Guard
 from client.identity import SiteIdentity
 from client.state import SiteHome
 from client.studies import StudyFolder
+from common.admissible import check
 from common.console import JsonFlag, Outcome, command
 from common.errors import RefusedError, UsageError
 from common.roster import Roster
+from common.run import run_params
 from common.study import Manifest
 
 app = typer.Typer()
@@ -74,11 +79,23 @@ def requests(home: SiteFolder, as_json: JsonFlag = False) -> Outcome:
 
 @app.command()
 @command
-def show(digest: Digest, home: SiteFolder, as_json: JsonFlag = False) -> Outcome:
+def show(
+    digest: Digest,
+    home: SiteFolder,
+    egress: Annotated[
+        bool, typer.Option("--egress", help="Every message that would leave, its fields and its size.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> Outcome:
     """Show what a study asks for, what it would cost, and whether the policy allows it."""
     with opened(home) as (site, guard):
         full = StudyFolder(site).resolve(digest)
-        manifest, _ = offered(site, guard, full)
+        manifest, roster = offered(site, guard, full)
+        if egress:
+            admitted = check(manifest, None)
+            found_messages = leaving(run_params(manifest, admitted, roster, SiteIdentity.load(site).id))
+            shown = "\n".join([*summary(manifest), "", listed(found_messages)])
+            return Outcome(shown, {"digest": full, "messages": [asdict(one) for one in found_messages]})
         decision = guard.decision(manifest.digest) or "received"
         try:
             found = review(site, guard, full)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from client.cli import app
 from client.state import SiteHome
+from common import messages
 from common.audit.evidence import read_evidence
 from common.ledger.entries import Approval, Consent, Pause, Restored
 from common.ledger.store import Ledger
@@ -214,6 +215,11 @@ def test_a_study_is_shown_whole_and_compared(federation: Federation, home: Path)
     for shown in ("legal basis", "n = 3, t = 1", "n - m = 0", "while at most t collude", "of 3 if all other",
                   f"consents     {federation.name(2)}", "more rounds like these", "decision     received"):  # fmt: skip
         assert shown in text, shown
+    listed = run("show", digest, "--egress", "--home", home).stdout
+    assert "train.upload" in listed
+    assert digest in listed
+    kinds = [one["message"] for one in data("show", digest, "--egress", "--home", home)["messages"]]
+    assert kinds == list(messages.KINDS)
     told = data("show", digest, "--home", home)
     assert told["planned_epsilon"] <= told["largest_epsilon"]
     assert failure("diff", later, "--home", home, code=2)["code"] == "site.diff"
