@@ -28,9 +28,7 @@ _WORD: Final = re.compile(r"[^\W_]+")
 
 
 class Series(Strict):
-    """Measurements over time on a public grid: for each of ``steps``, the channels' values, then 1 where
-
-    Measured.
+    """Measurements over time on a public grid: each step has the channels' values, then 1 for each measured.
 
     A channel is a column of lists, or with ``wide`` the columns ``<channel>_0`` ... ``<channel>_<steps -
     1>``. Entry i of a plain list belongs to step i; an entry with a time t to floor((t - start) / step), the
