@@ -6,17 +6,16 @@ NaN or a number out of range is refused with its field's path and rule; a manife
 its digest names the study version, and a changed parameter is another digest.
 """
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal, NoReturn, Self, TypeAlias
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from common.contract import LARGEST, LISTED, STRICT, Contract, Line, broken
+from common.contract import LARGEST, LISTED, STRICT, Contract, Line, broken, refuse
 from common.encoding import canonical_json, digest, labelled, parse_canonical_json
 from common.errors import UsageError, VerificationError
 from common.identity import MAX_ID, check_name, key_bytes, key_text, public_key, sign, verify
@@ -26,8 +25,6 @@ MAX_MANIFEST_BYTES: Final = 1 << 20
 SPARE_ROUNDS: Final = 3
 
 _MINUTE: Final = "%Y-%m-%dT%H:%MZ"
-# Pydantic names the branch of a union between the field that holds it and what is below.
-_BRANCH: Final = re.compile(r"(\b(?:features\.[0-9]+|privacy|model|server))\.\w+")
 
 
 def _party_name(value: str) -> str:
@@ -360,7 +357,7 @@ class Study(_Table):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            _refuse("study", error)
+            refuse("study", error)
 
 
 def _stated(aggregation: dict[str, Any], n: int, training: object) -> dict[str, Any]:
@@ -429,7 +426,7 @@ class Manifest(_Table):
         try:
             manifest = cls.model_validate(value)
         except ValidationError as error:
-            _refuse("manifest", error)
+            refuse("manifest", error)
         # Defaults filled in, members put in order: such bytes were not made by to_bytes.
         if manifest.to_bytes() != data:
             raise VerificationError("manifest.not-canonical", "the manifest does not state all of its fields")
@@ -497,27 +494,3 @@ def _flat(manifest: Manifest) -> dict[str, object]:
 
     visit("", manifest.model_dump(mode="json", by_alias=True))
     return leaves
-
-
-def _refuse(root: str, error: ValidationError) -> NoReturn:
-    """The first broken rule as a UsageError with code ``<root>.<path>``."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    context = first.get("ctx", {})
-    path = _BRANCH.sub(r"\1", ".".join(map(str, first["loc"])))
-    rule = first["msg"].removeprefix("Value error, ").removesuffix(" after validation")
-    if first["type"] == "rule":
-        path += f".{context['field']}"
-    elif first["type"].startswith("union_tag"):
-        path += f".{context['discriminator']}".replace("'", "")
-        rule = (
-            f"must be one of {context['expected_tags']}" if "expected_tags" in context else "field required"
-        )
-    path = path.strip(".") or root
-    for wording in ("Input should", "Value should", "String should", "Tuple should"):
-        rule = rule.replace(wording, "must")
-    raise UsageError(
-        f"{root}.{path}",
-        f"{path}: {rule[:1].lower()}{rule[1:]}",
-        remedy="Correct this field; unknown keys are errors.",
-        path=path,
-    ) from error

@@ -5,6 +5,7 @@ from the run configuration (``hub-home``, ``study``); ``app`` stays a plain unan
 Flower's bundle builder finds no other.
 """
 
+from contextlib import closing
 from pathlib import Path
 
 from flwr.serverapp import Grid, ServerApp
@@ -25,8 +26,5 @@ def main(grid: Grid, context: flower.Context) -> None:
         home, digest = str(context.run_config["hub-home"]), str(context.run_config["study"])
     except KeyError as error:
         raise UsageError("server-app.config", f"the run configuration lacks {error}") from error
-    store = Store.open(HubHome(Path(home)).database)
-    try:
+    with closing(Store.open(HubHome(Path(home)).database)) as store:
         StudyRun(HubHome(Path(home)), store, grid, digest).run()
-    finally:
-        store.close()

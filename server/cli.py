@@ -6,12 +6,14 @@ nothing here imports torch; flwr is imported only by ``hub run``.
 
 import json
 import sys
-from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from google.protobuf.message import Message
 from rich.console import Console
 from rich.live import Live
 
@@ -32,6 +34,7 @@ HubFolder = Annotated[Path, typer.Option("--home", help="The hub's folder.", fil
 CoordinatorFolder = Annotated[
     Path, typer.Option("--as", help="The coordinator's folder, as 'hub init' made it.", file_okay=False)
 ]
+OutFile = Annotated[Path, typer.Option(help="Where to write it.", dir_okay=False)]
 Digest = Annotated[str, typer.Argument(help="The study's digest, or its first 6 or more digits.")]
 
 
@@ -47,12 +50,7 @@ def init(
     from server.enrolment import create_hub
 
     made = create_hub(HubHome(home), address=address, listen=listen or address, now=datetime.now(UTC))
-    data = {
-        "hub_key": made.hub_key,
-        "hub_fingerprint": made.hub_fingerprint,
-        "coordinator_key": made.coordinator_key,
-        "coordinator": str(HubHome(home).coordinator),
-    }
+    data = {**asdict(made), "coordinator": str(HubHome(home).coordinator)}
     text = (
         f"hub made in {home}\n"
         f"  hub fingerprint     {made.hub_fingerprint}   (each hospital compares it out of band)\n"
@@ -74,27 +72,19 @@ def admit(
     from server.enrolment import admit_site
 
     try:
-        data = request.read_bytes()
+        received = request.read_bytes()
     except OSError as error:
-        raise UsageError(
-            "hub.request", f"{request} cannot be read", remedy="Give the hospital's request.json."
-        ) from error
-    admission = admit_site(HubHome(home), data, now=datetime.now(UTC))
+        remedy = "Give the hospital's request.json."
+        raise UsageError("hub.request", f"{request} cannot be read", remedy=remedy) from error
+    admission = admit_site(HubHome(home), received, now=datetime.now(UTC))
     _write(out, admission.to_bytes())
     member = admission.member()
     text = (
-        f"{admission.name} admitted as site {admission.id}; send {out} back to the hospital\n"
+        f"{member.name} admitted as site {member.id}; send {out} back to the hospital\n"
         f"  fingerprint  {member.fingerprint}   (the hospital reads it out; compare before sending)"
     )
-    return Outcome(
-        text,
-        {
-            "id": admission.id,
-            "name": admission.name,
-            "fingerprint": member.fingerprint,
-            "admission": str(out),
-        },
-    )
+    data = {"id": member.id, "name": member.name, "fingerprint": member.fingerprint, "admission": str(out)}
+    return Outcome(text, data)
 
 
 @hub.command()
@@ -106,30 +96,21 @@ def revoke(
     as_json: JsonFlag = False,
 ) -> Outcome:
     """End a hospital's admission for good; a running hub cuts its stream within a second."""
+    from common.ledger.entries import utc_minute
     from server.store import Store
-    from server.studies import minute
 
-    HubHome(home).load_settings()
-    store = Store.open(HubHome(home).database)
-    try:
-        row = store.revoke_site(name, minute(datetime.now(UTC)), reason)
-    finally:
-        store.close()
+    with closing(Store.open(_made(home).database)) as store:
+        row = store.revoke_site(name, utc_minute(datetime.now(UTC)), reason)
     return Outcome(f"{row.name}: admission revoked", {"id": row.id, "name": row.name, "revoked": row.revoked})
 
 
 @hub.command()
 @command
-def roster(
-    home: HubFolder,
-    out: Annotated[Path, typer.Option(help="Where to write it.", dir_okay=False)],
-    as_json: JsonFlag = False,
-) -> Outcome:
+def roster(home: HubFolder, out: OutFile, as_json: JsonFlag = False) -> Outcome:
     """Write the roster that an auditor verifies evidence against; compare its fingerprints out of band."""
     from server.evidence import trust
 
-    HubHome(home).load_settings()
-    trusted = trust(HubHome(home))
+    trusted = trust(_made(home))
     _write(out, trusted.to_bytes())
     prints = {member.name: member.fingerprint for member in trusted.roster.members}
     data = {"roster": str(out), "hub_fingerprint": fingerprint(trusted.hub_key), "fingerprints": prints}
@@ -139,16 +120,11 @@ def roster(
 
 @hub.command()
 @command
-def evidence(
-    home: HubFolder,
-    out: Annotated[Path, typer.Option(help="Where to write it.", dir_okay=False)],
-    as_json: JsonFlag = False,
-) -> Outcome:
+def evidence(home: HubFolder, out: OutFile, as_json: JsonFlag = False) -> Outcome:
     """Write the hub's evidence for an auditor: its ledger, its studies, the heads it has seen."""
     from server.evidence import collect
 
-    HubHome(home).load_settings()
-    found = collect(HubHome(home), datetime.now(UTC))
+    found = collect(_made(home), datetime.now(UTC))
     _write(out, found.to_bytes())
     data = {"evidence": str(out), "entries": len(found.leaves), "studies": len(found.studies)}
     return Outcome(f"evidence written to {out}: {len(found.leaves)} ledger entries", data)
@@ -172,23 +148,17 @@ def payloads(
 
     if (out is None) != erase:
         raise UsageError("hub.payloads", "give either --out or --erase", remedy="See --help.")
-    place = HubHome(home)
-    place.load_settings()
-    store = Store.open(place.database)
-    try:
+    place = _made(home)
+    with closing(Store.open(place.database)) as store:
         found = named(digest, [row.digest for row in store.studies()])
         status = store.study(found).status
-    finally:
-        store.close()
     if out is not None:
         rounds = pack_payloads(place.payloads / found, found, out)
         data = {"study": found, "rounds": rounds, "out": str(out)}
         return Outcome(f"payloads of {rounds} rounds written to {out}", data)
     if status not in ENDED:
-        remedy = "Wait for its end, or abort it."
-        raise RefusedError(
-            "hub.payloads-in-use", f"the study is {status}: it still adds to them", remedy=remedy
-        )
+        problem = f"the study is {status}: it still adds to them"
+        raise RefusedError("hub.payloads-in-use", problem, remedy="Wait for its end, or abort it.")
     rounds = erase_payloads(place.payloads / found)
     text = f"payloads of {rounds} rounds erased: their sums cannot be computed again"
     return Outcome(text, {"study": found, "rounds": rounds})
@@ -225,9 +195,8 @@ def submit(
     with _desk(as_) as desk:
         signed = prepare(CoordinatorHome(as_), manifest, desk, token)
         info = desk.submit(signed.manifest_bytes, signed.signature)
-    return Outcome(
-        f"study {info.name!r} submitted\n  digest  {info.digest}\n  status  {info.status}", _info(info)
-    )
+    text = f"study {info.name!r} submitted\n  digest  {info.digest}\n  status  {info.status}"
+    return Outcome(text, _plain(info))
 
 
 @study.command(name="list")
@@ -237,7 +206,7 @@ def list_(as_: CoordinatorFolder, as_json: JsonFlag = False) -> Outcome:
     with _desk(as_) as desk:
         studies = desk.studies()
     lines = [f"{s.digest[:12]}  {s.status:<22} {s.round:>4}/{s.rounds:<4} {s.name}" for s in studies]
-    return Outcome("\n".join(lines) or "no studies", {"studies": [_info(s) for s in studies]})
+    return Outcome("\n".join(lines) or "no studies", {"studies": list(map(_plain, studies))})
 
 
 @study.command()
@@ -247,15 +216,11 @@ def show(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -> O
     with _desk(as_) as desk:
         manifest, detail = desk.show(desk.resolve(digest))
     rounds = [
-        {
-            "number": r.number, "step": r.step or None, "attempt": r.attempt, "cohort": list(r.cohort),
-            "seconds": round(r.seconds, 4), "lost": r.lost,
-        }
+        {**_plain(r), "step": r.step or None, "cohort": list(r.cohort), "seconds": round(r.seconds, 4)}
         for r in detail.rounds
-    ]  # fmt: skip
-    text = study_text(manifest, detail)
-    data = {**_info(detail.study), "sites": _site_list(detail.sites), "history": rounds}
-    return Outcome(text, {**data, "manifest": json.loads(detail.manifest.data)})
+    ]
+    shown = {"history": rounds, "manifest": json.loads(detail.manifest.data)}
+    return Outcome(study_text(manifest, detail), {**_study_and_sites(detail), **shown})
 
 
 @study.command()
@@ -267,7 +232,8 @@ def watch(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -> 
         event = None
         if as_json:
             for event in events:
-                print(json.dumps(_event(event), sort_keys=True), flush=True)  # noqa: T201
+                said = {"cohort": list(event.cohort), "seconds": round(event.seconds, 4)}
+                print(json.dumps({**_study_and_sites(event), **said}, sort_keys=True), flush=True)  # noqa: T201
         else:
             with Live(console=Console(file=sys.stdout), refresh_per_second=8) as live:
                 for event in events:
@@ -288,7 +254,7 @@ def abort(
     """End a study for good."""
     with _desk(as_) as desk:
         info = desk.abort(desk.resolve(digest), reason)
-    return Outcome(f"study {info.name!r}: {info.status}", _info(info))
+    return Outcome(f"study {info.name!r}: {info.status}", _plain(info))
 
 
 @study.command()
@@ -307,15 +273,46 @@ def export(
     return Outcome(f"{out}: {len(state)} bytes", {"out": str(out), "bytes": len(state)})
 
 
+@study.command()
+@command
+def synth(
+    study_file: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="A study's TOML file, or a contract's.", dir_okay=False)
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The .csv, .parquet or .ndjson file to write; it must not exist yet.")
+    ],
+    rows: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many rows.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same rows.")] = 0,
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Write made-up rows that fit a study's contract, marked as such, to try it out."""
+    from common.contract import Contract
+    from common.synthetic import write
+
+    try:
+        text = study_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"{study_file} cannot be read as text"
+        raise UsageError("study.file", problem, remedy="Name a study's TOML file.") from error
+    write(Contract.from_toml(text), rows, seed, out)
+    data = {"out": str(out), "rows": rows, "seed": seed, "synthetic": True}
+    return Outcome(f"{out}: {rows} synthetic rows, nobody's; seed {seed}", data)
+
+
 def _write(out: Path, data: bytes) -> None:
     try:
         out.write_bytes(data)
     except OSError as error:
-        raise UsageError(
-            "output.file",
-            f"{out} cannot be written: {error.strerror}",
-            remedy="Name a file in a folder that exists, then run the same command again.",
-        ) from error
+        remedy = "Name a file in a folder that exists, then run the same command again."
+        problem = f"{out} cannot be written: {error.strerror}"
+        raise UsageError("output.file", problem, remedy=remedy) from error
+
+
+def _made(home: Path) -> HubHome:
+    """The folder of a hub that 'hub init' has made. Raises UsageError."""
+    HubHome(home).load_settings()
+    return HubHome(home)
 
 
 def _desk(folder: Path) -> "CoordinatorDesk":
@@ -324,26 +321,10 @@ def _desk(folder: Path) -> "CoordinatorDesk":
     return CoordinatorDesk(CoordinatorHome(folder))
 
 
-def _info(info: link_pb2.StudyInfo) -> dict[str, str | int]:
-    return {
-        "digest": info.digest,
-        "name": info.name,
-        "status": info.status,
-        "detail": info.detail,
-        "round": info.round,
-        "rounds": info.rounds,
-        "submitted": info.submitted,
-    }
+def _plain(message: Message) -> dict[str, Any]:
+    """A message's fields by name, as ``--json`` prints them."""
+    return {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
 
 
-def _event(event: link_pb2.StudyEvent) -> dict[str, object]:
-    return {
-        **_info(event.study),
-        "sites": _site_list(event.sites),
-        "cohort": list(event.cohort),
-        "seconds": round(event.seconds, 4),
-    }
-
-
-def _site_list(sites: Iterable[link_pb2.SiteStatus]) -> list[dict[str, object]]:
-    return [{"id": s.id, "name": s.name, "decision": s.decision, "online": s.online} for s in sites]
+def _study_and_sites(said: link_pb2.StudyEvent | link_pb2.StudyDetail) -> dict[str, Any]:
+    return {**_plain(said.study), "sites": list(map(_plain, said.sites))}

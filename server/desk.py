@@ -7,22 +7,12 @@ the same error types with the same exit codes.
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
 
 from common import link_pb2, link_pb2_grpc
-from common.errors import (
-    BudgetExhaustedError,
-    ContractError,
-    FailureError,
-    RefusedError,
-    UnreachableError,
-    UsageError,
-    VerificationError,
-    WardroundError,
-)
+from common.errors import FailureError, UnreachableError, UsageError, VerificationError, WardroundError
 from common.identity import key_bytes
 from common.roster import Roster, SignedRoster
 from common.study import Manifest, SignedManifest
@@ -30,23 +20,8 @@ from server.home import CoordinatorHome
 
 TIMEOUT_S: Final = 30.0
 SILENCE_S: Final = 12.0
-BY_EXIT_CODE: Final[dict[int, type[WardroundError]]] = {
-    error.exit_code: error
-    for error in (
-        FailureError,
-        UsageError,
-        RefusedError,
-        BudgetExhaustedError,
-        VerificationError,
-        UnreachableError,
-        ContractError,
-    )
-}
-SILENT: Final = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.CANCELLED,
-)
+BY_EXIT_CODE: Final = {kind.exit_code: kind for kind in WardroundError.__subclasses__()}
+SILENT: Final = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
 
 
 def _raised(error: grpc.RpcError, address: str) -> WardroundError:
@@ -54,21 +29,16 @@ def _raised(error: grpc.RpcError, address: str) -> WardroundError:
     if code == grpc.StatusCode.FAILED_PRECONDITION:
         try:
             sent = json.loads(details)
-            kind = BY_EXIT_CODE.get(sent["exit"], FailureError)
+            kind: type[WardroundError] = BY_EXIT_CODE.get(sent["exit"], FailureError)
             return kind(str(sent["code"]), str(sent["problem"]), remedy=str(sent["remedy"]))
         except (ValueError, KeyError, TypeError):
             return FailureError("studies.error", "the hub answered with an error that cannot be read")
-    if code not in SILENT:
-        return FailureError(
-            "studies.error",
-            f"the hub at {address} failed ({code.name})",
-            remedy="See the hub's log; trying again does not help.",
-        )
-    return UnreachableError(
-        "studies.unreachable",
-        f"the hub at {address} cannot be reached ({code.name})",
-        remedy="Check the address and that 'wardround hub run' is up, then try again.",
-    )
+    if code.name not in SILENT:
+        remedy = "See the hub's log; trying again does not help."
+        return FailureError("studies.error", f"the hub at {address} failed ({code.name})", remedy=remedy)
+    problem = f"the hub at {address} cannot be reached ({code.name})"
+    remedy = "Check the address and that 'wardround hub run' is up, then try again."
+    return UnreachableError("studies.unreachable", problem, remedy=remedy)
 
 
 def named(prefix: str, digests: Sequence[str]) -> str:
@@ -92,9 +62,7 @@ class CoordinatorDesk:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._channel.close()
 
     @property

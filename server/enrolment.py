@@ -15,6 +15,7 @@ from common import identity
 from common.certificates import Authority, Peer, new_tls_key_and_csr
 from common.enrolment import Admission, AdmissionRequest
 from common.errors import RefusedError, UsageError, VerificationError
+from common.ledger.entries import utc_minute
 from common.ledger.store import Ledger
 from common.roster import Member, Roster, SignedRoster
 from server.home import CoordinatorHome, HubHome, HubSettings
@@ -30,11 +31,6 @@ class NewHub:
     coordinator_key: str
 
 
-def _hosts(address: str) -> tuple[str, ...]:
-    host = address.rpartition(":")[0].strip("[]").lower()
-    return tuple(dict.fromkeys((host, "localhost", "127.0.0.1")))
-
-
 def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> NewHub:
     """Make the folder of a hub and of its first coordinator.
 
@@ -45,7 +41,9 @@ def create_hub(home: HubHome, *, address: str, listen: str, now: datetime) -> Ne
     settings = HubSettings.create(listen=listen, address=address)
     authority = Authority.create("wardround hub", now)
     key_pem, csr_pem = new_tls_key_and_csr("hub")
-    certificate = authority.issue_server(csr_pem, _hosts(settings.address), now)
+    host = settings.address.rpartition(":")[0].strip("[]").lower()
+    hosts = tuple(dict.fromkeys((host, "localhost", "127.0.0.1")))
+    certificate = authority.issue_server(csr_pem, hosts, now)
     for folder in (home.folder, home.server_key.parent, home.authority, home.coordinator):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     authority.save(home.authority)
@@ -106,19 +104,15 @@ def admit_site(home: HubHome, request_bytes: bytes, *, now: datetime) -> Admissi
     settings = home.load_settings()
     request = AdmissionRequest.from_bytes(request_bytes)
     authority = Authority.load(home.authority)
-    named = {
-        "name": request.name,
-        "protocol_key": request.protocol_key,
-        "ledger_key": request.ledger_key,
-        "tls_fingerprint": request.tls_fingerprint,
-    }
+    stored = ("name", "protocol_key", "ledger_key", "tls_fingerprint")
+    named = {field: getattr(request, field) for field in stored}
     with closing(Store.open(home.database)) as store:
         sites = store.sites()
         same = [row for row in sites if all(getattr(row, key) == value for key, value in named.items())]
         site_id = same[0].id if same else store.next_site_id()
         certificate = authority.issue_client(request.csr_pem, "site", site_id, request.name, now)
         if not same:
-            row = SiteRow(id=site_id, admitted=now.strftime("%Y-%m-%dT%H:%MZ"), **named)
+            row = SiteRow(id=site_id, admitted=utc_minute(now), **named)
             # The roster's rules are stricter than the table's: names in any case, a key in either role.
             try:
                 roster_of([*sites, row])

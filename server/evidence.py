@@ -12,7 +12,7 @@ from datetime import datetime
 from common import identity
 from common.audit.evidence import Evidence
 from common.audit.trust import Trust
-from common.ledger.entries import Completed
+from common.ledger.entries import Completed, utc_minute
 from common.ledger.notes import open_note, origin_of, read_checkpoint
 from common.ledger.store import Ledger
 from common.roster import SignedRoster
@@ -27,7 +27,6 @@ from server.enrolment import sign_roster
 from server.home import HubHome
 from server.ledger import HubLedger
 from server.store import HeadRow, Store, StudyRow
-from server.studies import minute
 
 NAME = "hub"
 
@@ -54,23 +53,12 @@ def collect(home: HubHome, now: datetime) -> Evidence:
         opened = {digest: store.transcripts(digest) for digest in studies}
         heads = store.heads()
     completed = {(entry.manifest, entry.round) for entry in entries if isinstance(entry, Completed)}
-    rounds = {
-        digest: [data for number, data in found.items() if (digest, number) in completed]
-        for digest, found in opened.items()
-    }
-    return Evidence(
-        party=HUB,
-        name=NAME,
-        time=minute(now),
-        version=SOFTWARE_VERSION,
-        roster=signed.signed,
-        hub_key=signed.hub_key,
-        leaves=leaves,
-        head=head,
-        heads=_heads({row.party: row for row in heads}),
-        studies=studies,
-        rounds={digest: write_transcripts(found) for digest, found in rounds.items() if found},
-    )
+    rounds = {}
+    for digest, found in opened.items():
+        if shown := [data for number, data in found.items() if (digest, number) in completed]:
+            rounds[digest] = write_transcripts(shown)
+    own = HUB, NAME, utc_minute(now), SOFTWARE_VERSION, signed.signed, signed.hub_key
+    return Evidence(*own, leaves, head, _heads({row.party: row for row in heads}), studies, rounds)
 
 
 def _document(row: StudyRow) -> bytes:

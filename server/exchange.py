@@ -6,9 +6,10 @@ at its time, or when its asker has enough, and late replies are dropped; an ende
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final, Protocol, TypeVar, runtime_checkable
+from typing import Final, TypeVar
 
 from flwr.serverapp import Grid
 
@@ -16,26 +17,17 @@ from common import flower, messages
 from common.errors import FailureError, WardroundError
 from common.messages import Kind, Reply, Request
 from common.secagg.records import Record
+from server.waiting import PromptGrid
 
 log = logging.getLogger("wardround.hub.rounds")
 
 R = TypeVar("R", bound=Record)
 Answer = tuple[int, Reply, Sequence[bytes]]
+Take = Callable[[int, tuple[Record, ...]], object]
 
 LOOK_PERIOD_S: Final = 0.5
 POLL_PERIOD_S: Final = 0.05
 PUSH_TTL_S: Final = 60.0
-
-
-@runtime_checkable
-class PromptGrid(Protocol):
-    """A Grid that can wait for replies and forget questions, as ours do and Flower's own do not."""
-
-    def wait(self, message_ids: Sequence[str], timeout_s: float) -> None:
-        """Return when one of these has a reply, or after ``timeout_s``."""
-
-    def withdraw(self, message_ids: Sequence[str]) -> None:
-        """Drop whatever still comes for these."""
 
 
 class Exchange:
@@ -48,10 +40,8 @@ class Exchange:
     def __init__(
         self, grid: Grid, man: bytes, names: Mapping[int, str], going_on: Callable[[], object]
     ) -> None:
-        self.grid = grid
-        self._man = man
-        self.names = names
-        self._going_on = going_on
+        self.grid, self.names = grid, names
+        self._man, self._going_on = man, going_on
 
     def online(self) -> list[int]:
         """Members that are attached, ascending."""
@@ -77,7 +67,7 @@ class Exchange:
         timeout_s: float,
         *,
         attachment: Sequence[bytes] = (),
-        until: Callable[[], float] = lambda: float("inf"),
+        until: Callable[[], float] = lambda: math.inf,
     ) -> Iterator[Answer]:
         """Send one request to each site and give what verifies as a reply of that kind, as it comes.
 
@@ -112,17 +102,29 @@ class Exchange:
         kind: Kind,
         requests: Mapping[int, Request],
         timeout_s: float,
-        take: Callable[[int, tuple[Record, ...]], object],
+        take: Take,
         *,
         attachment: Sequence[bytes] = (),
-        until: Callable[[], float] = lambda: float("inf"),
+        enough: Callable[[], bool] = lambda: False,
+        least: int = 0,
+        late_s: float = 0.0,
         unavailable: set[int] | None = None,
     ) -> None:
         """Ask, and hand each available reply to ``take``; what it refuses counts as missing.
 
-        ``unavailable`` grows by the sites that say they are.
+        ``unavailable`` grows by the sites that say they are; when fewer than ``least`` are left nobody is
+        waited for. Once ``enough`` says so the others have ``late_s`` more.
         """
-        unavailable = set() if unavailable is None else unavailable
+        unavailable, end = set() if unavailable is None else unavailable, math.inf
+
+        def until() -> float:
+            nonlocal end
+            if len(requests) - len(unavailable) < least:
+                return 0.0
+            if enough() and end == math.inf:
+                end = time.monotonic() + late_s
+            return end
+
         for site, reply, _ in self.ask(kind, requests, timeout_s, attachment=attachment, until=until):
             if not reply.available:
                 log.info("%s: unavailable for %s", self.name(site), kind.message_type)

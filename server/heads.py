@@ -5,16 +5,15 @@ the cosignatures itself, and takes part in no round without them; the hub's own 
 cosigned head and everybody's last are kept as evidence.
 """
 
-import base64
 import json
 import logging
 import os
-import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from common import messages
+from common.encoding import base64_text
 from common.errors import VerificationError
 from common.messages import Kind, Request
 from common.roster import Roster
@@ -23,9 +22,9 @@ from common.secagg.params import RunParams
 from common.secagg.records import Cosign, Head, HeadPlease, Record
 from common.study import Aggregation
 from common.witness import HUB, MAX_SINCE, Witness
-from server.exchange import Exchange, only
+from server.exchange import Exchange, Take, only
 from server.ledger import HubLedger
-from server.store import HeadRow, Store
+from server.store import HeadRow
 
 log = logging.getLogger("wardround.hub.rounds")
 
@@ -36,24 +35,19 @@ KEPT_SIZES: Final = 48
 
 
 class Heads:
-    """The heads of one study's parties. ``sign`` is the hub key's."""
+    """The heads of one study's parties."""
 
     def __init__(
-        self,
-        exchange: Exchange,
-        params: RunParams,
-        timing: Aggregation,
-        roster: Roster,
-        ledger: HubLedger,
-        store: Store,
-        sign: Callable[[bytes], bytes],
+        self, exchange: Exchange, params: RunParams, timing: Aggregation, roster: Roster, ledger: HubLedger
     ) -> None:
         self._exchange, self._params, self._timing = exchange, params, timing
-        self._ledger, self._store, self._sign = ledger, store, sign
+        self._ledger, self._store = ledger, ledger.store
         self._keys = {member: roster.member(member).ledger_key for member in params.members}
         self._witness = Witness(HUB, lambda _: None)
         self._witness.seen = {
-            row.party: records.decode(Head, row.head) for row in store.heads() if row.party in self._keys
+            row.party: records.decode(Head, row.head)
+            for row in self._store.heads()
+            if row.party in self._keys
         }
         self._sizes: defaultdict[int, list[int]] = defaultdict(list)
 
@@ -94,16 +88,10 @@ class Heads:
                 self._sizes[site] += [size for _, size in remembered]
                 heads[site] = head
 
-        self._collect(
-            messages.HEAD, {s: self._request(messages.HEAD, self._please(number, s)) for s in sites}, take
-        )
-        heads[HUB] = self._witness.offer(
-            self._params.man,
-            self._please(number, HUB),
-            os.urandom(32),
-            self._ledger.ledger.leaf_hashes(),
-            self._sign,
-        )
+        asked = {s: self._exchange.request(messages.HEAD, self._please(number, s)) for s in sites}
+        self._collect(messages.HEAD, asked, take)
+        please, leaves = self._please(number, HUB), self._ledger.ledger.leaf_hashes()
+        heads[HUB] = self._witness.offer(self._params.man, please, os.urandom(32), leaves, self._ledger.sign)
         for party, head in heads.items():
             self._sizes[party] = list(dict.fromkeys([*self._sizes[party], head.size]))[-KEPT_SIZES:]
         return heads
@@ -121,7 +109,7 @@ class Heads:
             for at, site in enumerate(ring)
         }
         requests = {
-            site: self._request(messages.COSIGN, *(heads[party] for party in sorted(parties)))
+            site: self._exchange.request(messages.COSIGN, *(heads[party] for party in sorted(parties)))
             for site, parties in shown.items()
         }
         subjects = {records.head_digest(head): party for party, head in heads.items()}
@@ -144,42 +132,27 @@ class Heads:
         self._collect(messages.COSIGN, requests, take)
         return cosigns, refused
 
-    def _request(self, kind: Kind, *parts: Record) -> Request:
-        return self._exchange.request(kind, *parts)
-
-    def _collect(
-        self, kind: Kind, requests: Mapping[int, Request], take: Callable[[int, tuple[Record, ...]], None]
-    ) -> None:
+    def _collect(self, kind: Kind, requests: Mapping[int, Request], take: Take) -> None:
         """Ask; once m have answered, the others have the stragglers' time, at most LATE_S."""
-        answered, unavailable, enough = set[int](), set[int](), [0.0]
-        m = self._timing.minimum_hospitals
-
-        def until() -> float:
-            if len(requests) - len(unavailable) < m:
-                return 0.0
-            if not enough[0] and len(answered) >= m:
-                enough[0] = time.monotonic() + min(self._timing.straggler_s, LATE_S)
-            return enough[0] or float("inf")
+        answered, m = set[int](), self._timing.minimum_hospitals
 
         def taken(site: int, found: tuple[Record, ...]) -> None:
             answered.add(site)
             take(site, found)
 
-        deadline_s = float(self._timing.deadline_s)
-        self._exchange.collect(kind, requests, deadline_s, taken, until=until, unavailable=unavailable)
+        self._exchange.collect(
+            kind,
+            requests,
+            self._timing.deadline_s,
+            taken,
+            enough=lambda: len(answered) >= m,
+            least=m,
+            late_s=min(self._timing.straggler_s, LATE_S),
+        )
 
     def _keep(self, heads: Mapping[int, Head], cosigns: Mapping[int, Mapping[int, Cosign]]) -> None:
-        self._store.keep_heads(
-            HeadRow(
-                party=party,
-                size=head.size,
-                head=records.encode(head),
-                cosigns=json.dumps(
-                    [
-                        base64.b64encode(records.encode(cosign)).decode("ascii")
-                        for cosign in cosigns[party].values()
-                    ]
-                ),
-            )
-            for party, head in heads.items()
-        )
+        rows = []
+        for party, head in heads.items():
+            signed = json.dumps([base64_text(records.encode(c)) for c in cosigns[party].values()])
+            rows.append(HeadRow(party=party, size=head.size, head=records.encode(head), cosigns=signed))
+        self._store.keep_heads(rows)

@@ -24,12 +24,12 @@ _CLOCK: Final = ("ledger.clock", "ledger.future")
 
 
 class HubLedger:
-    """``ledger`` may be read by anyone; it is written by catch_up alone."""
+    """``ledger`` may be read by anyone; it is written by catch_up alone. ``sign`` is the hub key's."""
 
     def __init__(self, home: HubHome, store: Store) -> None:
         key = identity.load_signing_key(home.hub_key)
         self._actor = key_text(public_key(key))
-        self._store = store
+        self.store, self.sign = store, key.sign
         self.ledger = Ledger.open(home.ledger, key)
         self._read = 0
         self._members: set[tuple[int, str]] = set()
@@ -77,20 +77,20 @@ class HubLedger:
             self._ended.add(entry.manifest)
 
     def _missing(self, over: Callable[[str], bool]) -> Iterator[HubEntry]:
-        for row in (*self._store.sites(), *self._store.sites(revoked=True)):
+        for row in (*self.store.sites(), *self.store.sites(revoked=True)):
             if (row.id, "admitted") not in self._members:
                 yield self._membership(row, "admitted")
             if row.revoked and (row.id, "revoked") not in self._members:
                 yield self._membership(row, "revoked")
-        for study in self._store.studies():
+        for study in self.store.studies():
             digest = study.digest
             if digest in self._ended:
                 continue
             if digest not in self._steps:
-                whole = self._store.study(digest)
+                whole = self.store.study(digest)
                 coordinator = SignedManifest(whole.manifest, whole.signature).verify().coordinator
                 yield Submission(actor=self._actor, manifest=digest, coordinator=coordinator)
-            for done in self._store.rounds(digest, after=self._steps.get(digest, 0)):
+            for done in self.store.rounds(digest, after=self._steps.get(digest, 0)):
                 yield Completed(
                     actor=self._actor,
                     manifest=digest,

@@ -146,10 +146,9 @@ def pack_payloads(folder: Path, digest: str, out: Path) -> int:
     except OSError as error:
         if not isinstance(error, FileExistsError):
             out.unlink(missing_ok=True)
+        problem = f"{out} cannot be written: {error.strerror}"
         remedy = "Name a new file in a folder that has room."
-        raise UsageError(
-            "output.file", f"{out} cannot be written: {error.strerror}", remedy=remedy
-        ) from error
+        raise UsageError("output.file", problem, remedy=remedy) from error
     return len(rounds)
 
 

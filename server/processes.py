@@ -13,11 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 
 from common.errors import FailureError
 
@@ -50,6 +49,17 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def _begin(arguments: Sequence[str], errors: int | IO[bytes]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
 class Running:
     """A started command whose standard output is read line by line."""
 
@@ -74,9 +84,8 @@ class Running:
             try:
                 line = self._lines.get(timeout=max(0.01, deadline - time.monotonic()))
             except queue.Empty:
-                raise FailureError(
-                    "process.timeout", f"{self.name} gave no end in {timeout_s:.0f} s"
-                ) from None
+                problem = f"{self.name} gave no end in {timeout_s:.0f} s"
+                raise FailureError("process.timeout", problem) from None
             if line is None:
                 return
             yield line
@@ -115,9 +124,7 @@ class Processes:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with _uninterrupted():
             for process in list(self._asked):
                 process.kill()
@@ -131,15 +138,7 @@ class Processes:
     def start(self, name: str, *arguments: str) -> Running:
         """Start a command that stays; its standard error goes to ``logs/NAME.log``."""
         with _uninterrupted(), (self._logs / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*COMMAND, *arguments],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-            running = Running(name, process)
+            running = Running(name, _begin(arguments, log))
             self._running.append(running)
         return running
 
@@ -148,21 +147,14 @@ class Processes:
         name = f"'wardround {' '.join(arguments[:2])}'"
         with _uninterrupted():
             # Interrupted inside of Popen, the command would run on with nobody to end it.
-            process = subprocess.Popen(
-                [*COMMAND, *arguments, "--json"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = _begin([*arguments, "--json"], subprocess.PIPE)
             self._asked.add(process)
         with process:
             try:
                 output, problem = process.communicate(timeout=COMMAND_TIMEOUT_S)
             except subprocess.TimeoutExpired as error:
-                raise FailureError(
-                    "process.timeout", f"{name} gave no end in {COMMAND_TIMEOUT_S:.0f} s"
-                ) from error
+                problem = f"{name} gave no end in {COMMAND_TIMEOUT_S:.0f} s"
+                raise FailureError("process.timeout", problem) from error
             finally:
                 process.kill()
                 self._asked.discard(process)

@@ -88,11 +88,8 @@ class Round:
     ) -> None:
         self.attempts = 0
         self.unavailable: set[int] = set()
-        self._exchange = exchange
-        self._round = round_
-        self._timing = timing
-        self._say = say
-        self._payloads = payloads
+        self._exchange, self._round, self._timing = exchange, round_, timing
+        self._say, self._payloads = say, payloads
         self._kept: Attempt | None = None
         self._deadline = time.monotonic() + timing.deadline_s
 
@@ -121,18 +118,13 @@ class Round:
 
     def _ready(self, sites: Collection[int], state: bytes) -> None:
         """R0 and R1. When a cohort is possible, the others have ``straggler_s`` more."""
-        exchange, round_, enough = self._exchange, self._round, [0.0]
-        m, asked = self._timing.minimum_hospitals, time.monotonic()
+        exchange, round_, asked = self._exchange, self._round, time.monotonic()
 
-        def until() -> float:
+        def enough() -> bool:
             missing = set(sites) - set(round_.ready_ids()) - self.unavailable
-            if len(sites) - len(self.unavailable) < m:
-                return 0.0  # whoever is still to answer: there will be no cohort
-            if not enough[0] and len(round_.possible()) >= m:
-                enough[0] = time.monotonic() + self._timing.straggler_s
             if missing and time.monotonic() - asked > SAY_AFTER_S:
                 self._say("waiting for the update of " + self._names(missing))
-            return enough[0] or float("inf")
+            return len(round_.possible()) >= self._timing.minimum_hospitals
 
         exchange.collect(
             messages.READY,
@@ -140,7 +132,9 @@ class Round:
             self._timing.deadline_s + REPLY_MARGIN_S,
             lambda site, found: round_.on_ready(site, only(found, records.Ready)),
             attachment=flower.chunks(state),
-            until=until,
+            enough=enough,
+            least=self._timing.minimum_hospitals,
+            late_s=self._timing.straggler_s,
             unavailable=self.unavailable,
         )
 
@@ -175,7 +169,11 @@ class Round:
                     # This sum can't be opened any more: the others mask again, without all who say so now.
                     given_up[0] = min(given_up[0], time.monotonic() + SETTLE_S)
                 elif chunks:
-                    self._add(uploads, site, only(reply.records, records.Upload), chunks)
+                    header = only(reply.records, records.Upload)
+                    try:
+                        uploads.add(site, header, chunks)
+                    except WardroundError as error:
+                        log.warning("%s: refused: %s", exchange.name(site), error)
         if self._kept is not None:
             self._kept.check()
         missing = set(round_.missing_uploads())
@@ -193,12 +191,6 @@ class Round:
             yield
         finally:
             grid.sink = None  # it would keep the sum of this round alive into the next
-
-    def _add(self, uploads: _Uploads, site: int, header: records.Upload, chunks: Sequence[bytes]) -> None:
-        try:
-            uploads.add(site, header, chunks)
-        except WardroundError as error:
-            log.warning("%s: refused: %s", self._exchange.name(site), error)
 
     def _open(self) -> None:
         """R4 and R5. Asked again until the deadline: without one opening the round is lost for all."""

@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from common import identity, messages
 from common.admissible import check
 from common.errors import FailureError, RefusedError, UnreachableError, WardroundError
+from common.ledger.entries import utc_minute
 from common.messages import Kind, Request
 from common.roster import SignedRoster
 from common.run import run_params, study_document
@@ -30,7 +31,7 @@ from common.secagg.records import Record
 from common.study import SignedManifest
 from common.tasks.models import initial_state
 from common.tasks.state import check_state, load_state, model_digest, state_bytes
-from server.exchange import Exchange, every, only
+from server.exchange import Exchange, Take, every, only
 from server.heads import Heads
 from server.home import HubHome
 from server.ledger import HubLedger
@@ -46,6 +47,7 @@ CONSENT_TIMEOUT_S: Final = 10.0
 SETUP_TIMEOUT_S: Final = 60.0
 CLOSE_TIMEOUT_S: Final = 5.0
 LOST_IN_A_ROW: Final = 3
+LOST_REMEDY: Final = "Look into the causes in the log, then submit it again."
 
 
 class Ended(RefusedError):  # noqa: N818 - it ends a loop, it is not a fault
@@ -62,18 +64,16 @@ class StudyRun:
         self, home: HubHome, store: Store, grid: Grid, digest: str, clock: Callable[[], float] = time.time
     ) -> None:
         row = store.study(digest)
-        self._digest = digest
-        self._store = store
-        self._clock = clock
+        self._digest, self._store, self._clock = digest, store, clock
         self._signed = SignedManifest(row.manifest, row.signature)
         self._manifest = self._signed.verify()
         self._roster = SignedRoster(row.roster, row.roster_signature)
         hub_key = identity.load_signing_key(home.hub_key)
         self._sign = hub_key.sign
-        roster = self._roster.verify(identity.public_key(hub_key))
+        self._verified_roster = roster = self._roster.verify(identity.public_key(hub_key))
         self._admitted = check(self._manifest, None if row.status in ENDED else self._minute())
         self._params = run_params(self._manifest, self._admitted, roster, 0)
-        self._home, self._verified_roster = home, roster
+        self._home = home
         self._names = {party.id: party.name for party in self._manifest.members}
         self._model = self._model_digest = b""
         self._exchange = Exchange(grid, self._params.man, self._names, self._continue)
@@ -124,7 +124,7 @@ class StudyRun:
             self._payloads.keep_only([row.number for row in self._store.rounds(self._digest)])
 
     def _minute(self) -> str:
-        return datetime.fromtimestamp(self._clock(), UTC).strftime("%Y-%m-%dT%H:%MZ")
+        return utc_minute(datetime.fromtimestamp(self._clock(), UTC))
 
     def _status(self, status: str, detail: str = "") -> None:
         row = self._continue()
@@ -162,9 +162,8 @@ class StudyRun:
         return approving
 
     def _decisions(self) -> dict[int, str]:
-        return {
-            int(site): said for site, said in json.loads(self._store.study(self._digest).decisions).items()
-        }
+        decisions = json.loads(self._store.study(self._digest).decisions)
+        return {int(site): said for site, said in decisions.items()}
 
     def _denied(self, decisions: Mapping[int, str]) -> None:
         names = ", ".join(self._names[i] for i, decision in decisions.items() if decision == "denied")
@@ -187,7 +186,12 @@ class StudyRun:
         known = records.decode(records.Directory, row.directory) if row.directory else None
         setup = HubSetup(self._params, known)
         if known is None:
-            self._announce(setup)
+            self._each(
+                self._names,
+                messages.KEYS,
+                lambda _: exchange.request(messages.KEYS),
+                lambda site, found: setup.on_announce(site, only(found, records.KeyAnnounce)),
+            )
         directory = setup.directory()
         if row.pairs:
             pairs = frozenset((i, j) for i, j in json.loads(row.pairs))
@@ -195,47 +199,42 @@ class StudyRun:
         # Before it leaves: a run has one Directory, also after a restart.
         self._store.keep_setup(self._digest, records.encode(directory), None)
         self._each(
-            setup,
+            setup.listed,
             messages.DIRECTORY,
             lambda _: exchange.request(messages.DIRECTORY, directory),
             lambda site, found: setup.on_pair_seeds(site, every(found, records.PairSeed)),
         )
         self._each(
-            setup,
+            setup.listed,
             messages.SEEDS,
             lambda site: exchange.request(messages.SEEDS, *setup.seeds_for(site)),
             lambda site, found: setup.on_confirm(site, only(found, records.Confirm)),
         )
         joined = self._each(
-            setup,
+            setup.listed,
             messages.CONFIRMS,
             lambda site: exchange.request(messages.CONFIRMS, *setup.confirms_for(site)),
             lambda _site, _found: None,
         )
-        outcome = setup.outcome()
         # Who never got the others' confirmations has accepted no pair.
+        outcome = setup.outcome()
         outcome = replace(outcome, pairs=frozenset(pair for pair in outcome.pairs if set(pair) <= joined))
         paired = outcome.cohort_among(setup.listed)
         if len(paired) < self._params.m:
-            raise RefusedError(
-                "rounds.pairs", f"{len(paired)} hospitals share keys, and the study needs {self._params.m}",
-                remedy="Submit it again, with a new token, when the others are back.",
-            )  # fmt: skip
+            problem = f"{len(paired)} hospitals share keys, and the study needs {self._params.m}"
+            remedy = "Submit it again, with a new token, when the others are back."
+            raise RefusedError("rounds.pairs", problem, remedy=remedy)
         self._store.keep_setup(self._digest, records.encode(directory), list(outcome.pairs))
         log.info("%s: %d hospitals share keys", self._label, len(paired))
         return outcome
 
     def _each(
-        self,
-        setup: HubSetup,
-        kind: Kind,
-        request: Callable[[int], Request],
-        take: Callable[[int, tuple[Record, ...]], None],
+        self, sites: Collection[int], kind: Kind, request: Callable[[int], Request], take: Take
     ) -> set[int]:
-        """One step of the setup with every hospital of the Directory; who has answered.
+        """One step of the setup with each of ``sites``; who has answered.
 
         Asked again while some are missing: for the setup's time, or ``quorum_s`` while fewer than m have
-        answered.
+        answered: there is no Directory then.
         """
         answered: set[int] = set()
         began, quorum_s = time.monotonic(), self._manifest.study.aggregation.quorum_s
@@ -244,7 +243,7 @@ class StudyRun:
             take(site, found)
             answered.add(site)
 
-        while missing := set(setup.listed) - answered:
+        while missing := set(sites) - answered:
             waited_s, few = time.monotonic() - began, len(answered) < self._params.m
             if waited_s >= (quorum_s if few else SETUP_TIMEOUT_S):
                 break
@@ -252,32 +251,9 @@ class StudyRun:
             self._unexpired()
             requests = {site: request(site) for site in self._exchange.online() if site in missing}
             self._exchange.collect(kind, requests, CONSENT_TIMEOUT_S, taken)
-            if set(setup.listed) - answered:
+            if set(sites) - answered:
                 self._exchange.pause(CONSENT_PERIOD_S)
         return answered
-
-    def _announce(self, setup: HubSetup) -> None:
-        """S1 of everybody, or of at least m when the rest stays silent for the setup's time.
-
-        Fewer are waited for as long as ``quorum_s``; there is no directory then.
-        """
-        exchange, began = self._exchange, time.monotonic()
-        quorum_s = self._manifest.study.aggregation.quorum_s
-        while missing := setup.missing_announces():
-            online = [i for i in exchange.online() if i in missing]
-            waited_s, few = time.monotonic() - began, len(self._names) - len(missing) < self._params.m
-            if waited_s >= (quorum_s if few else SETUP_TIMEOUT_S):
-                break
-            self._status("setting up", self._waits_for(missing) if waited_s > CONSENT_TIMEOUT_S else "")
-            self._unexpired()
-            exchange.collect(
-                messages.KEYS,
-                dict.fromkeys(online, exchange.request(messages.KEYS)),
-                CONSENT_TIMEOUT_S,
-                lambda site, found: setup.on_announce(site, only(found, records.KeyAnnounce)),
-            )
-            if setup.missing_announces():
-                exchange.pause(CONSENT_PERIOD_S)
 
     def _waits_for(self, missing: Collection[int]) -> str:
         return f"{self._params.m} hospitals are needed; waiting for {self._named(missing)}"
@@ -307,26 +283,17 @@ class StudyRun:
             if len(setup.cohort_among(here)) >= self._params.m:
                 self._status("running")
                 return here
-            self._status("waiting for hospitals", self._waits_for(set(listed) - set(here)))
+            waits = self._waits_for(set(listed) - set(here))
+            self._status("waiting for hospitals", waits)
             if time.monotonic() >= deadline:
-                raise RefusedError(
-                    "rounds.quorum", self._waits_for(set(listed) - set(here)) + " was in vain",
-                    remedy="Submit it again when they can take part.",
-                )  # fmt: skip
+                remedy = "Submit it again when they can take part."
+                raise RefusedError("rounds.quorum", f"{waits} was in vain", remedy=remedy)
             self._exchange.pause(CONSENT_PERIOD_S)
 
     def _rounds(self, setup: Setup, ledger: HubLedger) -> None:
         study, row = self._manifest.study, self._store.study(self._digest)
         ledger.catch_up()
-        heads = Heads(
-            self._exchange,
-            self._params,
-            study.aggregation,
-            self._verified_roster,
-            ledger,
-            self._store,
-            self._sign,
-        )
+        heads = Heads(self._exchange, self._params, study.aggregation, self._verified_roster, ledger)
         step = ServerStep(self._manifest)
         if row.round:
             step.restore(self._store.strategy(self._digest))
@@ -342,10 +309,8 @@ class StudyRun:
         lost, consult, number = 0, bool(started), len(started)
         while step.advances < study.training.rounds:
             if number == study.aggregation.rounds_max:
-                raise FailureError(
-                    "rounds.used-up", f"{number - step.advances} rounds were lost, and the study has no more",
-                    remedy="Look into the causes in the log, then submit it again.",
-                )  # fmt: skip
+                problem = f"{number - step.advances} rounds were lost, and the study has no more"
+                raise FailureError("rounds.used-up", problem, remedy=LOST_REMEDY)
             sites = self._gather(setup, consult)
             if self._payloads is not None:
                 self._payloads.check_room(len(sites))
@@ -364,10 +329,8 @@ class StudyRun:
                 self._store.lose_round(self._digest, number, error.problem)
                 log.warning("%s: round %d lost: %s", self._label, number, error.problem)
                 if lost == LOST_IN_A_ROW:
-                    raise FailureError(
-                        "rounds.lost", f"{lost} rounds in a row were lost, the last because {error.problem}",
-                        remedy="Look into the causes in the log, then submit it again.",
-                    ) from error  # fmt: skip
+                    problem = f"{lost} rounds in a row were lost, the last because {error.problem}"
+                    raise FailureError("rounds.lost", problem, remedy=LOST_REMEDY) from error
         # The last round's charges are seen by the others too: a backup from before them will be noticed.
         heads.cosigned(number + 1, self._exchange.online())
 
@@ -406,22 +369,13 @@ class StudyRun:
         attempt, everyone = carried.attempts, not carried.unavailable
         del carried
         seconds = time.monotonic() - started
-        self._store.complete_round(
-            self._digest,
-            Checkpoint(
-                number=number,
-                step=step.advances,
-                attempt=attempt,
-                cohort=cohort,
-                context=context,
-                sum_digest=result.sum_digest,
-                model_digest=result.model_digest,
-                state=self._model,
-                strategy=step.to_bytes(),
-                transcript=transcript,
-                seconds=seconds,
-            ),
-        )
+        checkpoint = Checkpoint(
+            number=number, step=step.advances, attempt=attempt, cohort=cohort, context=context,
+            sum_digest=result.sum_digest, model_digest=result.model_digest, state=self._model,
+            strategy=step.to_bytes(), transcript=transcript, seconds=seconds,
+        )  # fmt: skip
+        self._store.complete_round(self._digest, checkpoint)
+        del checkpoint
         give_back(len(self._model))
         log.info(
             "%s: round %d of %d done in %.3f s with %d hospitals%s",

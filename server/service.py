@@ -9,7 +9,6 @@ import json
 import logging
 import signal
 import threading
-from datetime import UTC, datetime
 
 from common import flower, identity, messages
 from common.certificates import Peer
@@ -90,14 +89,6 @@ class Hub:
         """The current roster under the hub's signature."""
         return sign_roster(self._home, self.store.sites())
 
-    def online(self) -> dict[int, float]:
-        """Attached sites and the seconds since each was heard of."""
-        return self.link.online()
-
-    def now(self) -> datetime:
-        """UTC now."""
-        return datetime.now(UTC)
-
     def wake(self) -> None:
         """Look for studies to run."""
         self._wake.set()
@@ -130,11 +121,9 @@ class Hub:
     def _admit(self, peer: Peer) -> None:
         row = self.store.site(peer.number)
         if row is not None and row.revoked:
-            raise RefusedError(
-                "enrolment.revoked",
-                f"the admission of {row.name!r} was revoked",
-                remedy="Ask the coordinator why; a new admission needs a new request.",
-            )
+            remedy = "Ask the coordinator why; a new admission needs a new request."
+            problem = f"the admission of {row.name!r} was revoked"
+            raise RefusedError("enrolment.revoked", problem, remedy=remedy)
         admitted(self.store, peer)
 
     def _look(self) -> None:
@@ -164,9 +153,7 @@ class Hub:
             if row.status in ENDED and not self._untold(row) & set(online):
                 continue  # nobody is here who may still hold secrets of it
             grid = GrpcGrid(self.link)
-            thread = threading.Thread(
-                target=self._run, args=(row.digest, grid), name=row.digest[:12], daemon=True
-            )
+            thread = threading.Thread(None, self._run, row.digest[:12], (row.digest, grid), daemon=True)
             self._running[row.digest] = (grid, thread)
             thread.start()
 

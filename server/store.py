@@ -7,32 +7,23 @@ is secret and nothing here depends on a single hospital's update.
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 
-from sqlalchemy import ColumnElement, LargeBinary, create_engine, event, func, insert, select
+from sqlalchemy import Select, create_engine, event, func, insert, select
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, defer, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, defer, mapped_column, sessionmaker
 
 from common.errors import RefusedError
 
-STATUSES: Final = (
-    "waiting for approval",
-    "queued",
-    "setting up",
-    "waiting for hospitals",
-    "running",
-    "done",
-    "failed",
-    "aborted",
-    "denied",
-)
 PART_SIZE_BYTES: Final = 1 << 20
 ENDED: Final = ("done", "failed", "aborted", "denied")
+
+
+R = TypeVar("R")
 
 
 class Base(DeclarativeBase):
@@ -45,8 +36,8 @@ class SiteRow(Base):
     __tablename__ = "sites"
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
-    protocol_key: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
-    ledger_key: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
+    protocol_key: Mapped[bytes] = mapped_column(unique=True)
+    ledger_key: Mapped[bytes] = mapped_column(unique=True)
     tls_fingerprint: Mapped[str] = mapped_column(unique=True)
     admitted: Mapped[str]
     revoked: Mapped[str] = mapped_column(default="")
@@ -59,17 +50,17 @@ class StudyRow(Base):
     digest: Mapped[str] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(unique=True)
     name: Mapped[str]
-    manifest: Mapped[bytes] = mapped_column(LargeBinary)
-    signature: Mapped[bytes] = mapped_column(LargeBinary)
-    roster: Mapped[bytes] = mapped_column(LargeBinary)
-    roster_signature: Mapped[bytes] = mapped_column(LargeBinary)
+    manifest: Mapped[bytes]
+    signature: Mapped[bytes]
+    roster: Mapped[bytes]
+    roster_signature: Mapped[bytes]
     status: Mapped[str]
     detail: Mapped[str] = mapped_column(default="")
     round: Mapped[int] = mapped_column(default=0)
     rounds: Mapped[int]
     submitted: Mapped[str]
     decisions: Mapped[str] = mapped_column(default="{}")
-    directory: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    directory: Mapped[bytes] = mapped_column(default=b"")
     pairs: Mapped[str] = mapped_column(default="")
     closed: Mapped[str] = mapped_column(default="[]")
 
@@ -87,9 +78,9 @@ class RoundRow(Base):
     lost: Mapped[str] = mapped_column(default="")
     attempt: Mapped[int] = mapped_column(default=0)
     cohort: Mapped[str] = mapped_column(default="[]")
-    context: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
-    sum_digest: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
-    model_digest: Mapped[bytes] = mapped_column(LargeBinary, default=b"")
+    context: Mapped[bytes] = mapped_column(default=b"")
+    sum_digest: Mapped[bytes] = mapped_column(default=b"")
+    model_digest: Mapped[bytes] = mapped_column(default=b"")
     seconds: Mapped[float] = mapped_column(default=0.0)
 
 
@@ -100,7 +91,7 @@ class ModelRow(Base):
     study: Mapped[str] = mapped_column(primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True)
     part: Mapped[int] = mapped_column(primary_key=True)
-    data: Mapped[bytes] = mapped_column(LargeBinary)
+    data: Mapped[bytes]
 
 
 class TranscriptRow(Base):
@@ -109,7 +100,7 @@ class TranscriptRow(Base):
     __tablename__ = "transcripts"
     study: Mapped[str] = mapped_column(primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)
-    data: Mapped[bytes] = mapped_column(LargeBinary)
+    data: Mapped[bytes]
 
 
 class StrategyRow(Base):
@@ -117,7 +108,7 @@ class StrategyRow(Base):
 
     __tablename__ = "strategies"
     study: Mapped[str] = mapped_column(primary_key=True)
-    state: Mapped[bytes] = mapped_column(LargeBinary)
+    state: Mapped[bytes]
 
 
 class HeadRow(Base):
@@ -126,7 +117,7 @@ class HeadRow(Base):
     __tablename__ = "heads"
     party: Mapped[int] = mapped_column(primary_key=True)
     size: Mapped[int]
-    head: Mapped[bytes] = mapped_column(LargeBinary)
+    head: Mapped[bytes]
     cosigns: Mapped[str] = mapped_column(default="[]")
 
 
@@ -153,11 +144,9 @@ class Checkpoint:
 
 def duplicate(name: str) -> RefusedError:
     """The refusal of a second site with a name, a key or an id that is taken."""
-    return RefusedError(
-        "enrolment.duplicate",
-        f"a site with the id, the name or one of the keys of {name!r} is admitted already",
-        remedy="Make a fresh request with new keys and a name of its own.",
-    )
+    problem = f"a site with the id, the name or one of the keys of {name!r} is admitted already"
+    remedy = "Make a fresh request with new keys and a name of its own."
+    return RefusedError("enrolment.duplicate", problem, remedy=remedy)
 
 
 class Store:
@@ -169,7 +158,9 @@ class Store:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._writer = engine.execution_options(begin="BEGIN IMMEDIATE")
+        writer = engine.execution_options(begin="BEGIN IMMEDIATE")
+        self._reading = sessionmaker(engine, expire_on_commit=False).begin
+        self._writing = sessionmaker(writer, expire_on_commit=False).begin
         Base.metadata.create_all(engine)
 
     @classmethod
@@ -182,13 +173,9 @@ class Store:
         def configure(connection: sqlite3.Connection, _record: object) -> None:
             # The driver would begin a transaction at the first write only, after what was read before it.
             connection.isolation_level = None
-            cursor = connection.cursor()
             # Models are large: with small pages a checkpoint of one takes twice as long.
-            cursor.execute("PRAGMA page_size=65536")
-            cursor.execute("PRAGMA journal_mode=WAL")
-            cursor.execute("PRAGMA synchronous=FULL")
-            cursor.execute("PRAGMA busy_timeout=10000")
-            cursor.close()
+            for rule in ("page_size=65536", "journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+                connection.execute(f"PRAGMA {rule}").close()
 
         @event.listens_for(engine, "begin")
         def begin(connection: Connection) -> None:
@@ -200,15 +187,9 @@ class Store:
         """Close every connection."""
         self._engine.dispose()
 
-    @contextmanager
-    def _reading(self) -> Iterator[Session]:
-        with Session(self._engine, expire_on_commit=False) as session, session.begin():
-            yield session
-
-    @contextmanager
-    def _writing(self) -> Iterator[Session]:
-        with Session(self._writer, expire_on_commit=False) as session, session.begin():
-            yield session
+    def _all(self, query: Select[R]) -> Sequence[R]:
+        with self._reading() as session:
+            return session.scalars(query).all()
 
     def next_site_id(self) -> int:
         """The id the next admitted site will have, from 1."""
@@ -227,19 +208,15 @@ class Store:
     def sites(self, revoked: bool = False) -> Sequence[SiteRow]:
         """All admitted sites by id, or those whose admission was revoked."""
         chosen = SiteRow.revoked != "" if revoked else SiteRow.revoked == ""
-        with self._reading() as session:
-            return session.scalars(select(SiteRow).where(chosen).order_by(SiteRow.id)).all()
+        return self._all(select(SiteRow).where(chosen).order_by(SiteRow.id))
 
     def revoke_site(self, name: str, when: str, reason: str) -> SiteRow:
         """End a site's admission for good. Raises RefusedError when no site of that name is admitted."""
         with self._writing() as session:
             row = session.scalars(select(SiteRow).where(SiteRow.name == name)).one_or_none()
             if row is None or row.revoked:
-                raise RefusedError(
-                    "enrolment.unknown",
-                    f"no site named {name!r} is admitted",
-                    remedy="Give the name of its admission.",
-                )
+                problem = f"no site named {name!r} is admitted"
+                raise RefusedError("enrolment.unknown", problem, remedy="Give the name of its admission.")
             row.revoked = f"{when} {reason}"
             return row
 
@@ -262,18 +239,14 @@ class Store:
         with self._reading() as session:
             row = session.get(StudyRow, digest)
         if row is None:
-            raise RefusedError(
-                "study.unknown", f"there is no study {digest}", remedy="See 'wardround study list'."
-            )
+            remedy = "See 'wardround study list'."
+            raise RefusedError("study.unknown", f"there is no study {digest}", remedy=remedy)
         return row
 
     def studies(self) -> Sequence[StudyRow]:
         """All studies in the order of submission, without their documents."""
-        documents = [
-            defer(c) for c in (StudyRow.manifest, StudyRow.roster, StudyRow.directory, StudyRow.pairs)
-        ]
-        with self._reading() as session:
-            return session.scalars(select(StudyRow).order_by(StudyRow.number).options(*documents)).all()
+        documents = map(defer, (StudyRow.manifest, StudyRow.roster, StudyRow.directory, StudyRow.pairs))
+        return self._all(select(StudyRow).order_by(StudyRow.number).options(*documents))
 
     def set_status(self, digest: str, status: str, detail: str = "") -> None:
         """Change a study's status unless it has ended: an ended study stays as it is."""
@@ -285,9 +258,7 @@ class Store:
     def set_decisions(self, digest: str, decisions: dict[int, str]) -> None:
         """Remember what each site has declared."""
         with self._writing() as session:
-            session.get_one(StudyRow, digest).decisions = json.dumps(
-                {str(k): v for k, v in sorted(decisions.items())}
-            )
+            session.get_one(StudyRow, digest).decisions = json.dumps(dict(sorted(decisions.items())))
 
     def keep_setup(self, digest: str, directory: bytes, pairs: Sequence[tuple[int, int]] | None) -> None:
         """Remember the Directory before it leaves, and the confirmed pairs once they are known."""
@@ -330,26 +301,20 @@ class Store:
 
     def started(self, digest: str) -> Sequence[RoundRow]:
         """Every round that was started, by number, without models."""
-        return self._rounds(RoundRow.study == digest, RoundRow.number)
+        return self._all(select(RoundRow).where(RoundRow.study == digest).order_by(RoundRow.number))
 
     def rounds(self, digest: str, after: int = 0) -> Sequence[RoundRow]:
         """The completed rounds past step ``after``, in order, without their models."""
-        return self._rounds((RoundRow.study == digest) & (RoundRow.step > after), RoundRow.step)
-
-    def _rounds(self, wanted: ColumnElement[bool], order: Any) -> Sequence[RoundRow]:
-        with self._reading() as session:
-            return session.scalars(select(RoundRow).where(wanted).order_by(order)).all()
+        completed = select(RoundRow).where(RoundRow.study == digest, RoundRow.step > after)
+        return self._all(completed.order_by(RoundRow.step))
 
     def state(self, digest: str, step: int = 0) -> bytes:
         """The model after ``step`` completed rounds, 0: the last. Raises RefusedError when there is none."""
-        with self._reading() as session:
-            last = select(func.max(ModelRow.step)).where(ModelRow.study == digest).scalar_subquery()
-            query = select(ModelRow.data).where(ModelRow.study == digest, ModelRow.step == (step or last))
-            parts = session.scalars(query.order_by(ModelRow.part)).all()
-        if not parts:
-            raise RefusedError(
-                "study.no-model", "the study has no such completed round", remedy="Watch the study."
-            )
+        last = select(func.max(ModelRow.step)).where(ModelRow.study == digest).scalar_subquery()
+        query = select(ModelRow.data).where(ModelRow.study == digest, ModelRow.step == (step or last))
+        if not (parts := self._all(query.order_by(ModelRow.part))):
+            problem = "the study has no such completed round"
+            raise RefusedError("study.no-model", problem, remedy="Watch the study.")
         return b"".join(parts)
 
     def strategy(self, digest: str) -> bytes:
@@ -361,8 +326,7 @@ class Store:
     def transcripts(self, digest: str) -> dict[int, bytes]:
         """The transcripts of the completed rounds of a study by the protocol's round, in order."""
         query = select(TranscriptRow).where(TranscriptRow.study == digest).order_by(TranscriptRow.number)
-        with self._reading() as session:
-            return {row.number: row.data for row in session.scalars(query)}
+        return {row.number: row.data for row in self._all(query)}
 
     def keep_heads(self, rows: Iterable[HeadRow]) -> None:
         """Remember heads of ledgers; a longer one stays, for studies run side by side."""
@@ -374,8 +338,7 @@ class Store:
 
     def heads(self) -> Sequence[HeadRow]:
         """The last head of every ledger that was seen, by party."""
-        with self._reading() as session:
-            return session.scalars(select(HeadRow).order_by(HeadRow.party)).all()
+        return self._all(select(HeadRow).order_by(HeadRow.party))
 
     def closed_at(self, digest: str, site_id: int) -> None:
         """Remember that a site has erased its secrets of an ended study."""

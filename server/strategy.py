@@ -30,13 +30,10 @@ logging.getLogger("flwr").setLevel(logging.WARNING)
 STUB_NODE_ID: Final = 1
 BLOCK: Final = 1 << 16
 ONE_NODE: Final = {"min_train_nodes": 1, "min_available_nodes": 1}
+_MOMENTUM: Final = {"learning_rate": "server_learning_rate", "momentum": "server_momentum"}
 STRATEGIES: Final[dict[str, tuple[type[flowers.FedAvg], dict[str, str], tuple[str, ...]]]] = {
     "fedavg": (flowers.FedAvg, {}, ()),
-    "fedavgm": (
-        flowers.FedAvgM,
-        {"learning_rate": "server_learning_rate", "momentum": "server_momentum"},
-        ("momentum_vector",),
-    ),
+    "fedavgm": (flowers.FedAvgM, _MOMENTUM, ("momentum_vector",)),
     "fedadagrad": (flowers.FedAdagrad, {"learning_rate": "eta"}, ("m_t", "v_t")),
     "fedadam": (flowers.FedAdam, {"learning_rate": "eta"}, ("m_t", "v_t")),
     "fedyogi": (flowers.FedYogi, {"learning_rate": "eta"}, ("m_t", "v_t")),
@@ -55,12 +52,10 @@ class ServerStep:
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        study = manifest.study
-        training = study.training
-        shared = training.mode == "shared-noise"
+        study, training = manifest.study, manifest.study.training
         # With shared noise what was summed are gradients, and the hub descends.
         public = training.sampling_rate * training.patients_public
-        self._scale = training.learning_rate / public if shared else 1.0
+        self._scale = training.learning_rate / public if training.mode == "shared-noise" else 1.0
         self._averages_from = training.rounds - training.average_last + 1
         self._rounds = training.rounds
         self._layout = layout(study.model, study.contract)
@@ -101,9 +96,8 @@ class ServerStep:
                 # Adding +0 makes zeros positive, as they are in a stored state.
                 np.add(block, np.float32(0), out=result[here])
                 if not np.isfinite(block).all():
-                    raise FailureError(
-                        "strategy.not-finite", "the server step gave a model that is not finite"
-                    )
+                    problem = "the server step gave a model that is not finite"
+                    raise FailureError("strategy.not-finite", problem)
             found[tensor.name] = result[start : start + tensor.size].reshape(tensor.shape)
             start += tensor.size
         return found
@@ -154,11 +148,10 @@ class ServerStep:
         strategy = self._make(**self._options)
         for name, slot in self._slots.items():
             setattr(strategy, name, [slot[here]] if name == "momentum_vector" else {_KEY: slot[here]})
-        requests = list(
-            strategy.configure_train(self.advances, _record(current), ConfigRecord({}), self._grid)
-        )
+        asked, config = _record(current), ConfigRecord({})
+        request, *_ = strategy.configure_train(self.advances, asked, config, self._grid)
         content = RecordDict({"arrays": _record(moved), "metrics": MetricRecord({"num-examples": 1})})
-        reply = flower.Message(content, reply_to=requests[0])
+        reply = flower.Message(content, reply_to=request)
         arrays, _metrics = strategy.aggregate_train(self.advances, [reply])
         if arrays is None:
             raise FailureError("strategy.result", "the server strategy gave no model")

@@ -14,6 +14,7 @@ from common import identity
 from common.admissible import check
 from common.encoding import digest
 from common.errors import UsageError
+from common.ledger.entries import utc_minute
 from common.study import Manifest, Party, SignedManifest, Study
 from server.desk import CoordinatorDesk
 from server.home import CoordinatorHome
@@ -24,9 +25,8 @@ def prepare(home: CoordinatorHome, path: Path, desk: CoordinatorDesk, token: str
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            "study.file", f"{path} cannot be read", remedy="Give the study's TOML file."
-        ) from error
+        remedy = "Give the study's TOML file."
+        raise UsageError("study.file", f"{path} cannot be read", remedy=remedy) from error
     study = Study.from_toml(text)
     if token and not re.fullmatch(r"[0-9a-f]{32}", token):
         raise UsageError("study.token", "a token has 32 hex digits", remedy="Leave it out or make a new one.")
@@ -34,28 +34,16 @@ def prepare(home: CoordinatorHome, path: Path, desk: CoordinatorDesk, token: str
     ids = {member.name: member.id for member in roster.members}
     unknown = [name for name in study.members if name not in ids]
     if unknown:
-        raise UsageError(
-            "study.members",
-            f"members: {', '.join(unknown)} not on the hub's roster",
-            remedy="Admit the hospital first, or correct the name.",
-        )
+        problem = f"members: {', '.join(unknown)} not on the hub's roster"
+        raise UsageError("study.members", problem, remedy="Admit the hospital first, or correct the name.")
     key = identity.load_signing_key(home.signing_key)
     coordinator = identity.public_key(key)
     # Everything else that the manifest states is in it: another manifest never has the same run id.
     named = (bytes.fromhex(token), text.encode(), signed_roster.digest, desk.hub_key, coordinator)
     run = digest("run", *named)[:16] if token else os.urandom(16)
-    manifest = Manifest.model_validate(
-        {
-            "schema": 1,
-            "run": run.hex(),
-            "roster": signed_roster.digest.hex(),
-            "hub": identity.key_text(desk.hub_key),
-            "coordinator": identity.key_text(coordinator),
-            "members": tuple(
-                Party(id=i, name=name) for i, name in sorted((ids[n], n) for n in study.members)
-            ),
-            "study": study,
-        }
-    )
-    check(manifest, datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"))
+    keys = {"hub": identity.key_text(desk.hub_key), "coordinator": identity.key_text(coordinator)}
+    members = tuple(Party(id=i, name=name) for i, name in sorted((ids[n], n) for n in study.members))
+    version = {"schema": 1, "run": run.hex(), "roster": signed_roster.digest.hex()}
+    manifest = Manifest.model_validate({**version, **keys, "members": members, "study": study})
+    check(manifest, utc_minute(datetime.now(UTC)))
     return SignedManifest.sign(manifest, key)

@@ -41,14 +41,11 @@ def read_manifest(path: Path) -> Manifest:
     if path.suffix != ".toml":
         return read_study_document(data)[0].verify()
     study = Study.from_toml(text)
-    hub, coordinator = (
-        key_text(public_key(Ed25519PrivateKey.from_private_bytes(bytes([one]) * 32))) for one in (1, 2)
-    )
+    own = (Ed25519PrivateKey.from_private_bytes(bytes([one]) * 32) for one in (1, 2))
+    hub, coordinator = (key_text(public_key(key)) for key in own)
     members = tuple(Party(id=at, name=name) for at, name in enumerate(study.members, 1))
-    return Manifest.model_validate(
-        {"schema": 1, "run": "0" * 32, "roster": "0" * 64, "hub": hub, "coordinator": coordinator}
-        | {"members": members, "study": study}
-    )
+    keys = {"roster": "0" * 64, "hub": hub, "coordinator": coordinator}
+    return Manifest.model_validate({"schema": 1, "run": "0" * 32, **keys, "members": members, "study": study})
 
 
 def check_canaries(
@@ -71,21 +68,11 @@ def check_canaries(
     upper = costs.fixed([costs.planned(admitted)] * seen.rounds, delta).t
     lower = shown_epsilon(seen.scores, seen.included, delta)
     p_value = variance_p_value(seen.noise_ratio, seen.noise_count)
-    wrong = {
-        "epsilon": lower > upper,
-        "sums": not seen.sum_error <= SUM_TOLERANCE,
-        "noise": p_value < FALSE_ALARM,
-    }
-    return {
-        "label": LABEL,
-        "manifest": manifest.digest.hex(),
-        **{name: getattr(seen, name) for name in SEEN},
-        "canaries": seen.included.size,
-        "planned_rounds": manifest.study.training.rounds,
-        "delta": delta,
-        "lower": lower,
-        "upper": upper,
-        "largest": largest_shown(len(seen.scores), seen.included.size, delta),
-        "noise_p_value": p_value,
-        "flags": [name for name, found in wrong.items() if found],
-    }
+    largest = largest_shown(len(seen.scores), seen.included.size, delta)
+    sums, noise = not seen.sum_error <= SUM_TOLERANCE, p_value < FALSE_ALARM
+    wrong = {"epsilon": lower > upper, "sums": sums, "noise": noise}
+    planned, canaries = manifest.study.training.rounds, seen.included.size
+    run = {"manifest": manifest.digest.hex(), "planned_rounds": planned, "canaries": canaries}
+    bounds = {"delta": delta, "lower": lower, "upper": upper, "largest": largest, "noise_p_value": p_value}
+    flags = [name for name, found in wrong.items() if found]
+    return {"label": LABEL, **run, **bounds, **{name: getattr(seen, name) for name in SEEN}, "flags": flags}

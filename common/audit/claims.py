@@ -27,6 +27,8 @@ from common.witness import HUB
 
 POINTS: Final = 32
 """The course of a register's epsilon is computed after this many of its charges, at most."""
+STATED: Final = ("name", "purpose", "legal_basis", "contact", "permit", "members", "expires")
+"""What a study says of itself and a report repeats."""
 UNKNOWN_DELTA: Final = "0.000001"
 """The delta of a plan for which no hospital's register is in the evidence: the default of policies."""
 
@@ -163,15 +165,12 @@ def read_facts(verification: Verification, trust: Trust) -> Facts:
     time = max((party.evidence.time for party in parties), default="")
     costs, studies, hub = Costs(), studies_in_order(parties), Hub(parties)
     hospitals = [Hospital(party, costs) for party in parties if party.id != HUB]
-    open_studies = {
-        digest: study
-        for digest, study in studies.items()
-        if digest not in hub.ended and time < study[0].study.expires
-    }
+    unended = ((digest, study) for digest, study in studies.items() if digest not in hub.ended)
+    open_studies = {digest: study for digest, study in unended if time < study[0].study.expires}
     return Facts(
-        verdict=verification.verdict,
-        hub=fingerprint(trust.hub_key),
-        time=time,
+        verification.verdict,
+        fingerprint(trust.hub_key),
+        time,
         shown=tuple(party.name for party in parties),
         missing=verification.missing,
         notices=notices(verification, hospitals, hub, studies),
@@ -189,12 +188,11 @@ def _register(hospital: Hospital, studies: Studies, open_studies: Studies) -> Re
     scheduled = costs.spent([*hospital.events, *reserved], delta)
     fixed = costs.fixed(hospital.events, delta)
     like, event = _last(hospital, studies)
-    stated = opened.delta if opened else ""
+    stated = (opened.register_id, opened.time, opened.delta) if opened else ("", "", "")
+    unmasked = costs.spent(hospital.unmasked, delta)
     return Register(
-        hospital=hospital.name,
-        register_id=opened.register_id if opened else "",
-        opened=opened.time if opened else "",
-        delta=stated,
+        hospital.name,
+        *stated,
         accounts=tuple(_account(view, cap, spent, scheduled) for view in VIEWS),
         charges=len(hospital.charges),
         reserved_rounds=len(reserved),
@@ -202,9 +200,7 @@ def _register(hospital: Hospital, studies: Studies, open_studies: Studies) -> Re
         like=like,
         closed=hospital.closed,
         reopened=any(entry.action == "reopen" for entry in hospital.overrides),
-        lines=register_lines(
-            hospital.cap, stated, spent, fixed, costs.spent(hospital.unmasked, delta), hospital.uploads
-        ),
+        lines=register_lines(hospital.cap, stated[2], spent, fixed, unmasked, hospital.uploads),
         points=_points(hospital, studies, delta),
     )
 
@@ -277,26 +273,17 @@ def _study(digest: str, hub: Hub, hospitals: Sequence[Hospital], found: Study, c
     event = costs.planned(admitted) if admitted else None
     planned = _planned(manifest, event, taking_part, costs)
     courses = tuple(_course(digest, hospital) for hospital in taking_part)
-    approvals = [
-        f"{course.hospital}, {when(decision.time)}: {decision.words}"
-        for course in courses
-        for decision in course.decisions
-        if decision.decision == "approved"
-    ]
+    said = ((course.hospital, decision) for course in courses for decision in course.decisions)
+    approvals = [f"{by}, {when(d.time)}: {d.words}" for by, d in said if d.decision == "approved"]
+    stated = {name: getattr(study, name) for name in STATED}
     return StudyFacts(
-        digest=digest,
-        name=study.name,
-        purpose=study.purpose,
-        legal_basis=study.legal_basis,
-        contact=study.contact,
-        permit=study.permit,
+        digest,
+        **stated,
         coordinator=manifest.coordinator,
         columns=tuple(study.contract.columns),
-        members=study.members,
         private=isinstance(study.privacy, DifferentialPrivacy),
         masked=study.aggregation.masked,
         submitted=submitted.time if submitted else "",
-        expires=study.expires,
         ended=ended.time if ended else "",
         status=ended.status if ended else "",
         rounds=study.training.rounds,
@@ -318,46 +305,36 @@ def _planned(
             deltas.setdefault(hospital.opened.delta, []).append(hospital.name)
     rounds = [event] * manifest.study.training.rounds
     twice = [costs.present_twice(event) if event else None] * len(rounds)
-    return tuple(
-        Planned(
-            delta=delta,
-            hospitals=tuple(names),
-            epsilon=costs.fixed(rounds, float(delta)),
-            odometer=costs.spent(rounds, float(delta)),
-            two_hospitals=costs.spent(twice, float(delta)),
-            delta_ratio=float(delta) * manifest.study.training.patients_public,
-        )
-        for delta, names in (deltas or {UNKNOWN_DELTA: []}).items()
-    )
+    plans = []
+    for text, names in (deltas or {UNKNOWN_DELTA: []}).items():
+        delta = float(text)
+        cost = costs.fixed(rounds, delta), costs.spent(rounds, delta), costs.spent(twice, delta)
+        plans.append(Planned(text, tuple(names), *cost, delta * manifest.study.training.patients_public))
+    return tuple(plans)
 
 
 def _course(digest: str, hospital: Hospital) -> Course:
     charges = hospital.by_study.get(digest, [])
-    return Course(
-        hospital=hospital.name,
-        decisions=tuple(
-            Decision(said.time, f"{word}{said.decision}", said.reason)
-            for word, entries in (("", hospital.decisions), ("consent ", hospital.consents))
-            for said in entries.get(digest, ())
-        ),
-        charged=tuple(map(round_of, charges)),
-        completed=tuple(round_of(charge) for charge in charges if hospital.completed(charge)),
-        lost=tuple(round_of(charge) for charge in charges if not hospital.completed(charge)),
-        first=charges[0].time if charges else "",
-        last=charges[-1].time if charges else "",
+    decisions = tuple(
+        Decision(said.time, f"{word}{said.decision}", said.reason)
+        for word, entries in (("", hospital.decisions), ("consent ", hospital.consents))
+        for said in entries.get(digest, ())
     )
+    completed = tuple(round_of(charge) for charge in charges if hospital.completed(charge))
+    lost = tuple(round_of(charge) for charge in charges if not hospital.completed(charge))
+    ends = (charges[0].time, charges[-1].time) if charges else ("", "")
+    return Course(hospital.name, decisions, tuple(map(round_of, charges)), completed, lost, *ends)
 
 
 def _ledger(party: Party, parties: Sequence[Party], trust: Trust) -> LedgerFacts:
     names = {HUB: HUB_NAME} | {member.id: member.name for member in trust.roster.members}
-    offer, checkpoint = party.cosigned, party.checkpoint
+    offer, head = party.cosigned, party.checkpoint
+    signed = (head.size, head.root.hex(), head.origin) if head else (0, "", "")
     return LedgerFacts(
-        party=party.name,
-        time=party.evidence.time,
-        version=party.evidence.version,
-        size=checkpoint.size if checkpoint else 0,
-        root=checkpoint.root.hex() if checkpoint else "",
-        signed_by=checkpoint.origin if checkpoint else "",
+        party.name,
+        party.evidence.time,
+        party.evidence.version,
+        *signed,
         cosigned_size=offer.head.size if offer and offer.cosigns else 0,
         cosigned_by=tuple(names.get(by, f"site {by}") for by in sorted(offer.cosigns)) if offer else (),
         seen_by=tuple(other.name for other in parties if party.id in other.seen),

@@ -74,9 +74,10 @@ def _verified(files: Sequence[Path], trust: str) -> tuple[Verification, Trust]:
     return verify(evidences, believed), believed or claimed(evidences)
 
 
-def _judged(verdict: str, text: str, data: Mapping[str, Any], hint: str = "") -> Outcome:
+def _judged(verdict: str, text: str, data: Mapping[str, Any]) -> Outcome:
     """Exit 5 unless the evidence was verified against keys from elsewhere."""
     code = {"verified": "ok", "failed": "audit.failed"}.get(verdict, "audit.untrusted")
+    hint = "" if data.get("trusted", True) else TRUST_HINT
     return Outcome(text, data, hint, 0 if code == "ok" else 5, code)
 
 
@@ -92,19 +93,18 @@ def verify_command(files: Files, trust: TrustOption = "", as_json: JsonFlag = Fa
     said = {"failed": f"{failed} of {total} checks do not hold", "verified": f"all {total} checks hold"}
     lines += [ON_THE_HUBS_WORD] if is_fingerprint(trust) else []
     lines.append(said.get(found.verdict, SELF_CONSISTENT))
-    checks = [asdict(check) for check in found.checks]
-    data = {"trusted": found.trusted, "passed": found.passed, "checks": checks, "missing": found.missing}
-    return _judged(found.verdict, "\n".join(lines), data, "" if found.trusted else TRUST_HINT)
+    return _judged(found.verdict, "\n".join(lines), _data(found, found.checks, missing=found.missing))
+
+
+def _data(found: Verification, checks: Sequence[Check], **more: object) -> dict[str, Any]:
+    passed = all(check.passed for check in checks)
+    return {"trusted": found.trusted, "passed": passed, "checks": list(map(asdict, checks)), **more}
 
 
 def _lines(checks: Sequence[Check]) -> list[str]:
-    width, slug = (
-        max(len(text) for text in texts) for texts in zip(*((c.party, c.name) for c in checks), strict=True)
-    )
-    return [
-        f"{'ok  ' if check.passed else 'FAIL'}  {check.party:<{width}}  {check.name:<{slug}}  {check.detail}"
-        for check in checks
-    ]
+    width, slug = max(len(c.party) for c in checks), max(len(c.name) for c in checks)
+    marks = {True: "ok  ", False: "FAIL"}
+    return [f"{marks[c.passed]}  {c.party:<{width}}  {c.name:<{slug}}  {c.detail}" for c in checks]
 
 
 @app.command("recompute")
@@ -136,24 +136,17 @@ def recompute_command(
     sums = checks[len(found.checks) :]
     if not sums and verdict != "failed":
         problem = "the hub's evidence has no completed round of a study that keeps payloads"
-        raise RefusedError(
-            "audit.no-sums", problem, remedy='Only with audit = "payloads" is a sum computed again.'
-        )
+        remedy = 'Only with audit = "payloads" is a sum computed again.'
+        raise RefusedError("audit.no-sums", problem, remedy=remedy)
     shown = sums if found.passed else [check for check in checks if not check.passed]
     others = sum(1 for entry in hub.of(Completed) if not keeps_payloads(hub, entry.manifest))
     bad = "not every sum is right" if sums else "the evidence does not hold: no sum was computed"
     said = {"failed": bad, "verified": f"all {len(sums)} sums with kept payloads are right"}
-    left_out = f"not computed again, for no payloads are kept: {others} sums"
-    text = "\n".join(
-        [*_lines(shown), *([left_out] if others and found.passed else []), said.get(verdict, SELF_CONSISTENT)]
-    )
-    data = {
-        "not_computed": others,
-        "trusted": found.trusted,
-        "passed": verdict != "failed",
-        "checks": [asdict(check) for check in checks],
-    }
-    return _judged(verdict, text, data, "" if found.trusted else TRUST_HINT)
+    lines = _lines(shown)
+    if others and found.passed:
+        lines.append(f"not computed again, for no payloads are kept: {others} sums")
+    lines.append(said.get(verdict, SELF_CONSISTENT))
+    return _judged(verdict, "\n".join(lines), _data(found, checks, not_computed=others))
 
 
 @app.command()
@@ -199,13 +192,9 @@ def diff(
     found = proofs.extension(before, after, proofs.own_key(before))
     text = [_line(entry, after.name) for entry in found.entries]
     text.append(f"from {found.old.size} entries to {found.new.size}: nothing that was there has changed")
-    data = {
-        "party": after.name,
-        "old": {"size": found.old.size, "root": base64_text(found.old.root)},
-        "new": {"size": found.new.size, "root": base64_text(found.new.root)},
-        "proof": [base64_text(part) for part in found.proof],
-        "entries": [entry.model_dump() for entry in found.entries],
-    }
+    old_head, new_head = ({"size": h.size, "root": base64_text(h.root)} for h in (found.old, found.new))
+    proof, entries = list(map(base64_text, found.proof)), [entry.model_dump() for entry in found.entries]
+    data = {"party": after.name, "old": old_head, "new": new_head, "proof": proof, "entries": entries}
     return Outcome("\n".join(text), data)
 
 
@@ -263,9 +252,8 @@ def report(
 def budgets(files: Files, trust: TrustOption = "", as_json: JsonFlag = False) -> Outcome:
     """What each hospital's register has spent of its caps, and how many more rounds it could pay."""
     facts = read_facts(*_verified(files, trust))
-    table = Table(
-        "hospital", "register", "epsilon_t / cap", "epsilon_w / cap", "delta", "charges", "more rounds"
-    )
+    views = ("epsilon_t / cap", "epsilon_w / cap")
+    table = Table("hospital", "register", *views, "delta", "charges", "more rounds")
     for found in facts.registers:
         spent = [f"{up(a.spent)} / {'none' if a.cap is None else format(a.cap, 'g')}" for a in found.accounts]
         more = "" if found.more_rounds is None else f"{found.more_rounds} like {found.like}"

@@ -1,6 +1,6 @@
 """What a ledger says that its owner did, held against the studies that it names: all can be recomputed.
 
-Source: PRIVACY "Registers, budget, filter", "Event fields"; PROTOCOL I8, I12, "Hub invariants". Rules: a
+Source: PRIVACY "Registers, budget, filter", "Event fields"; PROTOCOL I8, I12. Rules: a
 charge is exactly the event that the approved manifest gives; the caps are the policy's, and never above those
 with which the register was opened; each rule returns the first problem with its entry, or an empty text.
 """
@@ -10,21 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from common.audit.openings import openings
+from common.audit.openings import completions, openings
 from common.audit.party import Party, roots, studied
 from common.audit.spending import OWN, Costs, cap_of
 from common.contract import FORMS
-from common.ledger.entries import (
-    Approval,
-    Charge,
-    Completed,
-    Opened,
-    Outcome,
-    Override,
-    PolicyChange,
-    Rules,
-    Submission,
-)
+from common.ledger.entries import Approval, Charge, Completed, Opened, Outcome, Override, PolicyChange, Rules
 from common.ledger.overrides import Standing, check_override, standing
 from common.privacy.events import Event, settled
 from common.privacy.filter import Cap, admits
@@ -39,9 +29,6 @@ def computed(party: Party) -> list[Charge]:
 
 def _reserved(party: Party) -> set[str]:
     return {o.event_id for o in party.of(Outcome) if o.reason == "site_restored" and o.ctx is None}
-
-
-# -- hospitals ---------------------------------------------------------------------------------------------
 
 
 def register(party: Party) -> str:
@@ -76,9 +63,8 @@ def approved_before_charged(party: Party) -> str:
 
 def as_planned(party: Party) -> str:
     """Every charge is what its manifest gives for that round, once a round."""
-    charged: set[tuple[str, int]] = set()
-    costs, admitted = Costs(), {name: study[2] for name, study in party.studies.items()}
-    planned = {name: costs.planned(a).to_fields() for name, a in admitted.items() if a is not None}
+    charged, costs = set[tuple[str, int]](), Costs()
+    planned = {name: costs.planned(a).to_fields() for name, (_, _, a) in party.studies.items() if a}
     for entry in party.of(Charge):
         name = studied(entry)
         if name not in planned:
@@ -133,9 +119,11 @@ def caps(party: Party) -> str:
     mine, force = list[Charge](), list[Cap]()
     for entry, rules, limit in _in_force(party):
         if entry.register_id == opened.register_id:
-            force.append(cap_of(rules or limit))
+            cap, most = cap_of(rules or limit), cap_of(limit)
+            force.append(cap)
             mine.append(entry)
-            if _raised(force[-1], cap_of(limit)):
+            higher = cap.epsilon_t > most.epsilon_t or (cap.epsilon_w or 0.0) > (most.epsilon_w or 0.0)
+            if higher or cap.delta != most.delta:
                 return f"entry {entry.seq} is charged under caps above those of the register"
     history = _events(mine)
     closed = next((at for at, event in enumerate(history) if event.kind == "no_dp"), len(history))
@@ -173,11 +161,6 @@ def _settled_before(
             events[entry.event_id] = settled(planned[entry.event_id], uploads[entry.event_id])
 
 
-def _raised(cap: Cap, opened: Cap) -> bool:
-    higher = cap.epsilon_t > opened.epsilon_t or (cap.epsilon_w or 0.0) > (opened.epsilon_w or 0.0)
-    return higher or cap.delta != opened.delta
-
-
 def _first(cap: Cap, force: list[Cap], over: Callable[[int, Cap], bool]) -> int:
     """The first charge under a cap that does not fit it, where there is one."""
     under = [at for at, found in enumerate(force) if found == cap]
@@ -190,21 +173,22 @@ def policy(party: Party) -> str:
         if rules is None or studied(entry) not in party.studies:
             continue
         manifest = party.studies[studied(entry)][0]
-        aggregation = manifest.study.aggregation
+        contract, aggregation = manifest.study.contract, manifest.study.aggregation
         private = not isinstance(manifest.study.privacy, NoDifferentialPrivacy)
-        allowed = manifest.coordinator in rules.coordinators
-        allowed = allowed and (private or rules.without_differential_privacy)
-        allowed = allowed and (aggregation.masked or rules.without_masks)
-        allowed = allowed and (aggregation.colluders > 0 or rules.outsiders_only)
-        allowed = allowed and aggregation.minimum_hospitals >= rules.minimum_hospitals
         source = next((one for one in rules.sources if one.name == manifest.study.data), None)
-        contract = manifest.study.contract
-        allowed = allowed and source is not None and source.patient == contract.patient
-        # The ledger does not say what kind a source is: any form that it allows may be its own.
         allowed = (
-            allowed and source is not None and not all(contract.beyond(source.columns, f) for f in FORMS)
+            manifest.coordinator in rules.coordinators
+            and (private or rules.without_differential_privacy)
+            and (aggregation.masked or rules.without_masks)
+            and (aggregation.colluders > 0 or rules.outsiders_only)
+            and aggregation.minimum_hospitals >= rules.minimum_hospitals
+            and aggregation.deadline_s <= 60 * rules.max_round_minutes
+            and source is not None
+            and source.patient == contract.patient
+            # The ledger does not say what kind a source is: any form that it allows may be its own.
+            and not all(contract.beyond(source.columns, form) for form in FORMS)
         )
-        if not allowed or aggregation.deadline_s > 60 * rules.max_round_minutes:
+        if not allowed:
             return f"entry {entry.seq} charges study {studied(entry)[:12]}, which the policy did not allow"
     return ""
 
@@ -255,32 +239,10 @@ def same_hospitals(party: Party) -> str:
     return ""
 
 
-# -- the hub -----------------------------------------------------------------------------------------------
+Rule = tuple[str, str, Callable[[Party], str]]
+"""A slug, what is said when it holds, and the rule itself."""
 
-
-def completions(party: Party) -> str:
-    """Studies were submitted by their own coordinators; sums were opened over cohorts that they allow."""
-    last: dict[str, int] = {}
-    for entry in party.entries:
-        if not isinstance(entry, Submission | Completed) or entry.manifest not in party.studies:
-            continue
-        manifest = party.studies[entry.manifest][0]
-        if isinstance(entry, Submission):
-            if entry.coordinator != manifest.coordinator:
-                return f"entry {entry.seq} names another coordinator than signed the study"
-            continue
-        rules = manifest.study.aggregation
-        allowed = {member.id for member in manifest.members}
-        if not set(entry.cohort) <= allowed or len(entry.cohort) < rules.minimum_hospitals:
-            return f"entry {entry.seq} opens a sum over hospitals that the study does not allow"
-        follows = last.get(entry.manifest, 0) < entry.round <= rules.rounds_max
-        if not follows or entry.attempt > rules.attempts:
-            return f"entry {entry.seq} completes a round or attempt that the study does not have"
-        last[entry.manifest] = entry.round
-    return ""
-
-
-SITE_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
+SITE_RULES: Final[tuple[Rule, ...]] = (
     ("register", "one register, opened by the first entry", register),
     ("approvals", "no study was approved after it had expired", approvals),
     ("approval-before-charge", "every charge follows an approval in force", approved_before_charged),
@@ -291,12 +253,9 @@ SITE_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
     ("outcomes", "every result follows the record of its upload", outcomes),
     ("same-hospitals", "without differential privacy, always all and the same hospitals", same_hospitals),
 )
-HUB_RULES: Final[tuple[tuple[str, str, Callable[[Party], str]], ...]] = (
+_OPENED: Final = "every sum was uploaded to and opened by each of its hospitals, under its own key"
+HUB_RULES: Final[tuple[Rule, ...]] = (
     ("completions", "every sum was opened over hospitals that its study allows", completions),
-    (
-        "openings",
-        "every sum was uploaded to and opened by each of its hospitals, under its own key",
-        openings,
-    ),
+    ("openings", _OPENED, openings),
     ("same-hospitals", "without differential privacy, always all of the hospitals", same_hospitals),
 )

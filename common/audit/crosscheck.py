@@ -103,11 +103,8 @@ def charged_as_completed(site: Party, hub: Party) -> str:
     """Every sum that the hub opened over this hospital was charged here, and its upload recorded."""
     rounds = {charge.event_id: (studied(charge), round_of(charge)) for charge in site.of(Charge)}
     charged = set(rounds.values())
-    uploaded = {
-        (rounds.get(entry.event_id), entry.ctx)
-        for entry in site.of(Outcome)
-        if entry.reason == "upload_started"
-    }
+    begun = (entry for entry in site.of(Outcome) if entry.reason == "upload_started")
+    uploaded = {(rounds.get(entry.event_id), entry.ctx) for entry in begun}
     for entry in hub.of(Completed):
         if site.id in entry.cohort:
             done = (entry.manifest, entry.round)

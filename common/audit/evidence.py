@@ -22,6 +22,7 @@ LEAVES: Final = "ledger.jsonl"
 HEAD: Final = "ledger.head"
 HEADS: Final = "heads.json"
 
+_FIELDS: Final = ("schema", "party", "name", "time", "version", "hub_key", "roster", "roster_signature")
 _STUDY: Final = re.compile(r"studies/([0-9a-f]{64})\.(study|rounds)")
 _TIME: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}Z")
 
@@ -54,24 +55,13 @@ class Evidence:
 
         Guarantee: evidence_is_read_as_written - from_bytes gives the same evidence back.
         """
-        facts = {
-            "schema": SCHEMA,
-            "party": self.party,
-            "name": self.name,
-            "time": self.time,
-            "version": self.version,
-            "hub_key": identity.key_text(self.hub_key),
-            "roster": base64_text(self.roster.data),
-            "roster_signature": base64_text(self.roster.signature),
-        }
-        files = {
-            FACTS: canonical_json(facts),
-            LEAVES: b"".join(leaf + b"\n" for leaf in self.leaves),
-            HEAD: self.head.encode("utf-8"),
-            HEADS: self.heads,
-            **{f"studies/{digest}.study": data for digest, data in sorted(self.studies.items())},
-            **{f"studies/{digest}.rounds": data for digest, data in sorted(self.rounds.items())},
-        }
+        roster = base64_text(self.roster.data), base64_text(self.roster.signature)
+        stated = (self.party, self.name, self.time, self.version, identity.key_text(self.hub_key), *roster)
+        facts = canonical_json(dict(zip(_FIELDS, (SCHEMA, *stated), strict=True)))
+        leaves = b"".join(leaf + b"\n" for leaf in self.leaves)
+        files = {FACTS: facts, LEAVES: leaves, HEAD: self.head.encode("utf-8"), HEADS: self.heads}
+        for kind, found in (("study", self.studies), ("rounds", self.rounds)):
+            files |= {f"studies/{digest}.{kind}": data for digest, data in sorted(found.items())}
         return archive.pack(files)
 
     @classmethod
@@ -91,26 +81,16 @@ class Evidence:
         if leaves and not leaves.endswith(b"\n"):
             raise _refused(what, f"{LEAVES} ends in the middle of a line")
         try:
-            schema, party, name, time, version, hub_key, roster, signature = (
-                facts.pop(key)
-                for key in (
-                    "schema", "party", "name", "time", "version", "hub_key", "roster", "roster_signature",
-                )
-            )  # fmt: skip
+            schema, party, name, time, version, hub_key, *roster = map(facts.pop, _FIELDS)
             sound = (type(schema), schema) == (int, SCHEMA) and not facts
             sound = sound and type(party) is int and 0 <= party <= identity.MAX_ID
             sound = sound and not identity.name_problem(name, "name") and bool(_TIME.fullmatch(time))
             if not sound or not isinstance(version, str):
                 raise ValueError("fields")
-            return cls(
-                party, name, time, version,
-                SignedRoster(base64_bytes(roster), base64_bytes(signature)),
-                identity.key_bytes(hub_key, "hub key"),
-                tuple(leaves.split(b"\n")[:-1]),
-                head.decode("utf-8"),
-                heads,
-                _of_studies(files, "study"), _of_studies(files, "rounds"),
-            )  # fmt: skip
+            signed, hub_key = SignedRoster(*map(base64_bytes, roster)), identity.key_bytes(hub_key, "hub key")
+            studies = _of_studies(files, "study"), _of_studies(files, "rounds")
+            lines, note = tuple(leaves.split(b"\n")[:-1]), head.decode("utf-8")
+            return cls(party, name, time, version, signed, hub_key, lines, note, heads, *studies)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise _refused(what, f"{FACTS} does not have exactly its fields") from error
 
@@ -133,6 +113,5 @@ def read_evidence(path: Path) -> Evidence:
 
 
 def _refused(what: str, problem: str) -> VerificationError:
-    return VerificationError(
-        "audit.evidence", f"{what} is no evidence: {problem}", remedy="Ask for it again."
-    )
+    text = f"{what} is no evidence: {problem}"
+    return VerificationError("audit.evidence", text, remedy="Ask for it again.")

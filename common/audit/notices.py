@@ -64,7 +64,7 @@ def notices(
     found = [
         *(Notice("failed check", check.party, "", f"{check.name}: {check.detail}") for check in failed),
         *_of_studies(hub, hospitals, studies),
-        *(notice for hospital in hospitals for notice in _of_hospital(hospital, studies)),
+        *(Notice(kind, h.name, *said) for h in hospitals for kind, *said in _of_hospital(h, studies)),
         *_of_ledgers(verification.parties),
     ]
     return tuple(sorted(found, key=lambda notice: KINDS.index(notice.kind)))
@@ -92,47 +92,44 @@ def _of_studies(hub: Hub, hospitals: Sequence[Hospital], studies: Mapping[str, S
             yield Notice("changed roster", "", "", text)
 
 
-def _of_hospital(hospital: Hospital, studies: Mapping[str, Study]) -> Iterator[Notice]:
-    name = hospital.name
+def _of_hospital(hospital: Hospital, studies: Mapping[str, Study]) -> Iterator[tuple[str, str, str]]:
+    """What stands out at one hospital: kind, time and text of each notice."""
     for charge, event in zip(hospital.charges, hospital.events, strict=True):
+        at = f"entry {charge.seq}"
         if event is None:
-            text = f"entry {charge.seq} charges what is no event: it counts as infinite"
-            yield Notice("unreadable event", name, charge.time, text)
+            yield "unreadable event", charge.time, f"{at} charges what is no event: it counts as infinite"
         elif event.kind == "declared":
             about = label(event.manifest_digest, studies)
-            text = f"entry {charge.seq} declares {event.reason or 'something'} for {about}"
-            yield Notice("declared event", name, charge.time, text)
+            yield "declared event", charge.time, f"{at} declares {event.reason or 'something'} for {about}"
     for over in hospital.overrides:
         what = f"caps raised over the whole history to epsilon_t {over.epsilon_t}, epsilon_w {over.epsilon_w}"
         if over.action == "reopen":
             what = "reopened after a restore: what may have been spent after the backup is unknown"
-        text = f"entry {over.seq}: {what}: {over.reason}; signed by {', '.join(over.signatures)}"
-        yield Notice("override", name, over.time, text)
+        signed = ", ".join(over.signatures)
+        yield "override", over.time, f"entry {over.seq}: {what}: {over.reason}; signed by {signed}"
+    now = "its register is closed" if hospital.closed else "reopened since"
     for back in hospital.restores:
-        now = "its register is closed" if hospital.closed else "reopened since"
-        text = f"entry {back.seq}: restored from a backup, {now}: {back.reason}"
-        yield Notice("restored", name, back.time, text)
+        yield "restored", back.time, f"entry {back.seq}: restored from a backup, {now}: {back.reason}"
     for pause in hospital.pauses:
-        yield Notice("pause", name, pause.time, f"entry {pause.seq}: {pause.decision}: {pause.reason}")
+        yield "pause", pause.time, f"entry {pause.seq}: {pause.decision}: {pause.reason}"
     for change in hospital.changes:
         if change.before is not None:
             old, new = (rules.model_dump(mode="json") for rules in (change.before, change.after))
             changed = [f"{key} was {old[key]}, is {new[key]}" for key in old if old[key] != new[key]]
-            yield Notice("policy change", name, change.time, f"entry {change.seq}: {'; '.join(changed)}")
+            yield "policy change", change.time, f"entry {change.seq}: {'; '.join(changed)}"
     for said in (entry for decisions in hospital.decisions.values() for entry in decisions):
         if said.decision == "denied":
             text = f"entry {said.seq} denies {label(said.manifest, studies)}: {said.reason}"
-            yield Notice("refused or ended early", name, said.time, text)
+            yield "refused or ended early", said.time, text
     cap = hospital.cap
     if hospital.opened and (cap is None or cap.delta > LARGEST_DELTA):
         text = f"delta is {hospital.opened.delta}, above 0.00001: allowed by an override by name"
-        yield Notice("large delta", name, hospital.opened.time, text)
+        yield "large delta", hospital.opened.time, text
     for digest, charges in hospital.by_study.items():
         if lost := [charge for charge in charges if not hospital.completed(charge)]:
             rounds = ", ".join(str(round_of(charge)) for charge in lost)
-            count = f"{len(lost)} of {len(charges)} charged rounds have no result: round"
-            text = f"{label(digest, studies)}: {count} {rounds}"
-            yield Notice("charged without a result", name, lost[-1].time, text)
+            text = f"{len(lost)} of {len(charges)} charged rounds have no result: round {rounds}"
+            yield "charged without a result", lost[-1].time, f"{label(digest, studies)}: {text}"
 
 
 def _of_ledgers(parties: Sequence[Party]) -> Iterator[Notice]:

@@ -1,17 +1,18 @@
 """The sums that the hub opened, held against the signed records of every hospital in them.
 
-Source: PROTOCOL.md C6, R0-R6; DESIGN "A round, end to end". Rules: the hub's word for a sum is not taken:
-each hospital of its cohort has signed the upload and the opening; a model is where the round before left it;
-what is shown is neither more nor less than the hub's ledger says. With the kept payloads the sum itself is
-computed again, bit for bit; that the next model follows from it is not checked here.
+Source: PROTOCOL.md C6, R0-R6, "Hub invariants"; DESIGN "A round, end to end". Rules: the hub's word for a sum
+is not taken: each hospital of its cohort has signed the upload and the opening; a model is where the round
+before left it; what is shown is neither more nor less than the hub's ledger says. With the kept payloads the
+sum itself is computed again, bit for bit; that the next model follows from it is not checked here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from common.audit.party import Check, Party, checked
 from common.errors import VerificationError
-from common.ledger.entries import Completed
+from common.ledger.entries import Completed, Submission
 from common.run import run_params
 from common.secagg.params import RunParams
 from common.secagg.sums import recompute
@@ -49,9 +50,32 @@ def opened_studies(hub: Party) -> Iterator[OpenedStudy]:
         if admitted is not None and (found or completed):
             transcripts = {transcript.start.round: transcript for transcript in found}
             if len(transcripts) != len(found):
-                raise _wrong(f"study {digest[:12]} has two transcripts of one round")
+                problem = f"study {digest[:12]} has two transcripts of one round"
+                raise VerificationError("audit.openings", problem)
             params = run_params(manifest, admitted, roster, 0)
             yield OpenedStudy(digest, params, manifest, admitted.layout, completed, transcripts)
+
+
+def completions(hub: Party) -> str:
+    """Studies were submitted by their own coordinators; sums were opened over cohorts that they allow."""
+    last: dict[str, int] = {}
+    for entry in hub.entries:
+        if not isinstance(entry, Submission | Completed) or entry.manifest not in hub.studies:
+            continue
+        manifest = hub.studies[entry.manifest][0]
+        if isinstance(entry, Submission):
+            if entry.coordinator != manifest.coordinator:
+                return f"entry {entry.seq} names another coordinator than signed the study"
+            continue
+        rules = manifest.study.aggregation
+        allowed = {member.id for member in manifest.members}
+        if not set(entry.cohort) <= allowed or len(entry.cohort) < rules.minimum_hospitals:
+            return f"entry {entry.seq} opens a sum over hospitals that the study does not allow"
+        follows = last.get(entry.manifest, 0) < entry.round <= rules.rounds_max
+        if not follows or entry.attempt > rules.attempts:
+            return f"entry {entry.seq} completes a round or attempt that the study does not have"
+        last[entry.manifest] = entry.round
+    return ""
 
 
 def openings(hub: Party) -> str:
@@ -93,10 +117,9 @@ def recomputed(hub: Party, kept: Payload) -> Iterator[Check]:
         if not keeps_payloads(hub, study.digest):
             continue
         for number, transcript in sorted(study.transcripts.items()):
-            label = (
-                f"study {study.digest[:12]}, round {number}: the sum of {len(transcript.uploads)} hospitals"
-            )
-            yield checked(hub.name, "sum", f"{label}, bit for bit", lambda: _differs(study, transcript, kept))  # noqa: B023 - called at once
+            what = f"round {number}: the sum of {len(transcript.uploads)} hospitals, bit for bit"
+            rule = partial(_differs, study, transcript, kept)
+            yield checked(hub.name, "sum", f"study {study.digest[:12]}, {what}", rule)
 
 
 def keeps_payloads(hub: Party, digest: str) -> bool:
@@ -106,18 +129,13 @@ def keeps_payloads(hub: Party, digest: str) -> bool:
 
 def _differs(study: OpenedStudy, transcript: Transcript, kept: Payload) -> str:
     number = transcript.start.round
-    sums = recompute(
-        study.params,
-        transcript.cohort,
-        transcript.ctx,
-        {header.id: header for header in transcript.uploads},
-        {opening.id: opening for opening in transcript.openings},
-        lambda member: kept(study.digest, number, member),
-    )
+    headers = {header.id: header for header in transcript.uploads}
+    opened = {opening.id: opening for opening in transcript.openings}
+
+    def payload(member: int) -> bytes:
+        return kept(study.digest, number, member)
+
+    sums = recompute(study.params, transcript.cohort, transcript.ctx, headers, opened, payload)
     if sums.digest != transcript.result.sum_digest:
         return f"study {study.digest[:12]}, round {number}: the hub named another sum than its payloads have"
     return ""
-
-
-def _wrong(problem: str) -> VerificationError:
-    return VerificationError("audit.openings", problem)

@@ -13,16 +13,9 @@ from common.audit.party import read_entries, read_head
 from common.audit.trust import claimed
 from common.encoding import base64_bytes, base64_text
 from common.errors import UsageError, VerificationError
+from common.ledger import tree
 from common.ledger.entries import Entry, decode
 from common.ledger.notes import Checkpoint
-from common.ledger.tree import (
-    consistency_proof,
-    inclusion_proof,
-    leaf_hash,
-    root,
-    verify_consistency,
-    verify_inclusion,
-)
 
 HEADER: Final = "c2sp.org/tlog-proof@v1"
 MAX_PROOF_CHARACTERS: Final = 1 << 17
@@ -57,7 +50,7 @@ def prove(evidence: Evidence, index: int, public: bytes) -> str:
         problem = f"the ledger has {len(evidence.leaves)} entries, there is no entry {index}"
         raise UsageError("audit.entry", problem, remedy="See 'wardround audit log' for their numbers.")
     leaf = evidence.leaves[index]
-    path = inclusion_proof([leaf_hash(each) for each in evidence.leaves], index)
+    path = tree.inclusion_proof([tree.leaf_hash(each) for each in evidence.leaves], index)
     lines = [HEADER, f"extra {base64_text(leaf)}", f"index {index}", *map(base64_text, path)]
     proof = "\n".join((*lines, "", evidence.head))
     verify_proof(proof, public)
@@ -79,7 +72,7 @@ def verify_proof(proof: str, public: bytes) -> Entry:
     except ValueError as error:
         raise VerificationError("audit.proof", "a line of the proof is not base64") from error
     head = read_head(match[4], public)
-    verify_inclusion(leaf_hash(leaf), int(match[2]), head.size, path, head.root)
+    tree.verify_inclusion(tree.leaf_hash(leaf), int(match[2]), head.size, path, head.root)
     return decode(leaf)
 
 
@@ -93,7 +86,7 @@ def extension(old: Evidence, new: Evidence, public: bytes) -> Extension:
         problem = f"the files are of {old.name} and of {new.name}"
         raise UsageError("audit.files", problem, remedy="Give two files of one party, the older one first.")
     heads = [read_head(each.head, public) for each in (old, new)]
-    hashes = [leaf_hash(leaf) for leaf in new.leaves]
+    hashes = [tree.leaf_hash(leaf) for leaf in new.leaves]
     for index, leaf in enumerate(old.leaves):
         if new.leaves[index : index + 1] != (leaf,):
             problem = f"the newer ledger does not extend the older one: entry {index} differs"
@@ -101,10 +94,10 @@ def extension(old: Evidence, new: Evidence, public: bytes) -> Extension:
                 problem = f"the newer ledger does not extend the older one: it lacks entry {index}"
             raise VerificationError("audit.diff", problem, remedy="Keep both files.", entry=index)
     for head, leaves in zip(heads, (old.leaves, new.leaves), strict=True):
-        if (head.size, head.root) != (len(leaves), root(hashes[: len(leaves)])):
+        if (head.size, head.root) != (len(leaves), tree.root(hashes[: len(leaves)])):
             raise VerificationError("audit.tree", "a signed head is not of the entries beside it")
-    proof = consistency_proof(hashes, heads[0].size)
-    verify_consistency(heads[0].size, heads[1].size, heads[0].root, heads[1].root, proof)
+    proof = tree.consistency_proof(hashes, heads[0].size)
+    tree.verify_consistency(heads[0].size, heads[1].size, heads[0].root, heads[1].root, proof)
     entries, problem = read_entries(new)
     if problem:
         raise VerificationError("audit.leaves", problem)

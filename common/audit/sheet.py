@@ -7,7 +7,7 @@ rounds up in print; a study without differential privacy claims none.
 
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from importlib.metadata import version
@@ -83,60 +83,37 @@ def claim_sheet(
     manifest: Manifest, event: Event | None, planned: Sequence[Planned], approvals: Sequence[str]
 ) -> tuple[Line, ...]:
     """Every claim of one study. ``event`` is one of its rounds, ``approvals`` who approved it and why."""
-    study = manifest.study
+    study, rules = manifest.study, manifest.study.aggregation
     private = event is not None and event.kind == "sum"
     of = {"both", "private" if private else "plain", event.mode if event else None}
 
-    def costs(of: Callable[[Planned], Epsilons]) -> str:
-        found = (f"epsilon_t = {up(of(p).t)}, epsilon_w = {up(of(p).w)}, delta = {p.delta}" for p in planned)
-        return "; ".join(found)
-
     values: dict[str, object] = {
-        "epsilon": costs(lambda plan: plan.epsilon),
-        "odometer": costs(lambda plan: plan.odometer),
-        "two_hospitals": costs(lambda plan: plan.two_hospitals),
-        "delta_ratio": "; ".join(
-            f"delta = {p.delta} is {p.delta_ratio:.3g} times 1 / n_pub" for p in planned
-        ),
-        "n_pub": study.training.patients_public,
-        "rounds": study.training.rounds,
-        "rounds_max": study.aggregation.rounds_max,
-        "t": study.aggregation.colluders,
-        "outsiders": "" if study.aggregation.colluders else WORDS["outsiders_only"],
-        "masks": WORDS["masks"][study.aggregation.masks],
-        "dp_accounting": version("dp-accounting"),
-        "interval": f"{PLD_INTERVAL:g}",
-        "tail": f"{PLD_TAIL_LOG:g}",
-        "compose_tail": f"{PLD_COMPOSE_TAIL:g}",
-        "version": SOFTWARE_VERSION,
-        "approved": "; ".join(approvals) or "No approval is in this evidence.",
+        name: "; ".join(f"{_both(getattr(plan, name))}, delta = {plan.delta}" for plan in planned)
+        for name in ("epsilon", "odometer", "two_hospitals")
     }
+    ratios = (f"delta = {p.delta} is {p.delta_ratio:.3g} times 1 / n_pub" for p in planned)
+    approved = "; ".join(approvals) or "No approval is in this evidence."
+    values |= {"delta_ratio": "; ".join(ratios), "approved": approved}
+    values |= {"n_pub": study.training.patients_public, "rounds": study.training.rounds}
+    values |= {"rounds_max": rules.rounds_max, "t": rules.colluders, "masks": WORDS["masks"][rules.masks]}
+    values |= {"outsiders": "" if rules.colluders else WORDS["outsiders_only"]}
+    values |= {"interval": f"{PLD_INTERVAL:g}", "tail": f"{PLD_TAIL_LOG:g}"}
+    values |= {"compose_tail": f"{PLD_COMPOSE_TAIL:g}", "dp_accounting": version("dp-accounting")}
+    values["version"] = SOFTWARE_VERSION
     if event is not None and event.kind == "sum":
-        values |= event.to_fields()
-        values |= {
-            "floating": WORDS["floating"][event.arith],
-            "noise_by": WORDS["noise_by"][event.mode],
-            "sampled": WORDS["sampled"][event.sampling],
-            "beta": f"{float(event.mechanism.beta):.2g}",
-        }
-    return tuple(
-        Line(claim["key"], claim["label"], claim["text"].format_map(values))
-        for claim in WORDS["claim"]
-        if claim.get("of", "both") in of
-    )
+        values |= event.to_fields() | {"beta": f"{float(event.mechanism.beta):.2g}"}
+        for name, key in (("floating", event.arith), ("noise_by", event.mode), ("sampled", event.sampling)):
+            values[name] = WORDS[name][key]
+    claims = (claim for claim in WORDS["claim"] if claim.get("of", "both") in of)
+    return tuple(Line(one["key"], one["label"], one["text"].format_map(values)) for one in claims)
 
 
 def register_lines(
     cap: Cap | None, delta: str, spent: Epsilons, fixed: Epsilons, unmasked: Epsilons, uploads: int
 ) -> tuple[Line, ...]:
     """What may be said of a register, and under which name; ``unmasked`` is what its uploads say alone."""
-    values = {
-        "delta": delta,
-        "cap_t": cap and cap.epsilon_t,
-        "cap_w": cap and (cap.epsilon_w or "infinite"),
-        "unmasked_w": up(unmasked.w),
-        "uploads": uploads,
-    }
+    caps = {"cap_t": cap and cap.epsilon_t, "cap_w": cap and (cap.epsilon_w or "infinite")}
+    values = {**caps, "delta": delta, "unmasked_w": up(unmasked.w), "uploads": uploads}
     guarantee = "no_guarantee" if spent.t == math.inf else "guarantee" if cap else "unknown_caps"
     return (
         Line("guarantee", "The guarantee, by the filter and the caps", WORDS[guarantee].format_map(values)),

@@ -57,10 +57,9 @@ class Costs:
         """One event for all that differ in OWN alone; None for what is no event."""
         same = frozenset(item for item in fields.items() if item[0] not in OWN)
         if same not in self._kinds:
-            try:
+            self._kinds[same] = None
+            with suppress(UsageError):
                 self._kinds[same] = Event.from_fields({**fields, "register_id": _NO_ID})
-            except UsageError:
-                self._kinds[same] = None
         return self._kinds[same]
 
     def planned(self, admitted: Admitted) -> Event:
@@ -90,8 +89,7 @@ class Costs:
             if any(event.kind == "no_dp" for event in found):
                 return math.inf
             sums = [event for event in found if event.kind == "sum"]
-            each = {id(event): event for event in sums}
-            kinds = {at: event.mechanism for at, event in each.items()}
+            kinds = {id(event): event.mechanism for event in sums}
             times = Counter(map(id, sums))
             sampled = any(mechanism.q < 1 for mechanism in kinds.values())
             if sampled and odometer(sums, delta, view) > LARGEST_SAMPLED:
@@ -168,9 +166,8 @@ class Hospital:
     @property
     def cap_in_force(self) -> Cap | None:
         """The caps that the ledger last says of the policy, and never above the register's highest."""
-        first, now = self.cap, self.cap
-        if self.changes:
-            now = _sound_cap(self.changes[-1].after)
+        first = self.cap
+        now = _sound_cap(self.changes[-1].after) if self.changes else first
         if first is None or now is None:
             return None
         epsilon_w = None

@@ -21,7 +21,7 @@ from common.witness import HUB
 SCHEMA: Final = 1
 MAX_TRUST_BYTES: Final = 1 << 20
 
-_FIELDS: Final = {"schema", "hub", "roster", "signature"}
+_FIELDS: Final = ("schema", "hub", "roster", "signature")
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{4}(-[0-9a-f]{4}){7}")
 _REMEDY: Final = "Give what 'wardround hub roster --out FILE' wrote, or the fingerprint of the hub's key."
 
@@ -47,21 +47,15 @@ class Trust:
 
         Guarantee: trust_is_read_as_written - from_bytes gives the same trust back, and reads nothing else.
         """
-        return canonical_json(
-            {
-                "schema": SCHEMA,
-                "hub": key_text(self.hub_key),
-                "roster": base64_text(self.signed.data),
-                "signature": base64_text(self.signed.signature),
-            }
-        )
+        signed = base64_text(self.signed.data), base64_text(self.signed.signature)
+        return canonical_json(dict(zip(_FIELDS, (SCHEMA, key_text(self.hub_key), *signed), strict=True)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Read to_bytes strictly. Raises VerificationError, also for a roster that the key did not sign."""
         value: Any = parse_canonical_json(data, "the trust file")
         try:
-            if set(value) != _FIELDS or (type(value["schema"]), value["schema"]) != (int, SCHEMA):
+            if set(value) != set(_FIELDS) or (type(value["schema"]), value["schema"]) != (int, SCHEMA):
                 raise ValueError("fields")
             signed = SignedRoster(base64_bytes(value["roster"]), base64_bytes(value["signature"]))
             trust = cls(key_bytes(value["hub"], "hub key"), signed)

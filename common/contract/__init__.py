@@ -6,13 +6,14 @@ ever taken from the rows; encoding is total, so no cell can make it fail, and ea
 that row alone.
 """
 
+import tomllib
 from collections.abc import Collection, Mapping
 from datetime import date
 from typing import Annotated, Final, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from common.contract.cells import UNUSABLE, Values, positions_of, text_of
 from common.contract.features import Category, Derived, Label, Number
@@ -28,14 +29,15 @@ from common.contract.fields import (
     Line,
     Strict,
     broken,
+    refuse,
 )  # fmt: skip
 from common.contract.sequences import Events, Image, Series, Text
-from common.errors import ContractError
+from common.errors import ContractError, UsageError
 
 __all__ = [
     "FORMS", "LARGEST", "LISTED", "PRINTABLE", "STRICT", "UNUSABLE", "Category", "Code", "Column", "Contract",
     "Derived", "Events", "Feature", "Finite", "Form", "Image", "Label", "Line", "Number", "PublicTable",
-    "Series", "Strict", "Text", "Values", "Window", "broken", "text_of",
+    "Series", "Strict", "Text", "Values", "Window", "broken", "refuse", "text_of",
 ]  # fmt: skip
 
 Form: TypeAlias = Literal["columns", "omop", "fhir"]
@@ -134,6 +136,22 @@ class Contract(Strict):
         if self.query and self.derived:
             raise broken("query", "must be left out where columns are derived from coded data")
         return self
+
+    @classmethod
+    def from_toml(cls, text: str) -> Self:
+        """Read a contract, or that of a study file.
+
+        Raises: UsageError as for a study.
+        """
+        try:
+            value = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"the file is not valid TOML: {error}"
+            raise UsageError("study.toml", problem, remedy="Correct that line.") from error
+        try:
+            return cls.model_validate(value.get("contract", value))
+        except ValidationError as error:
+            refuse("study.contract", error)
 
     @property
     def width(self) -> int:

@@ -4,19 +4,49 @@ Source: RFC 8259 and RFC 8785 (a float must read back as itself). Rules: no valu
 unknown field, no NaN or infinity; what a person approves looks like what it is.
 """
 
-from typing import Annotated, Final, TypeAlias
+import re
+from typing import Annotated, Final, NoReturn, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
+
+from common.errors import UsageError
 
 STRICT: Final = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 LARGEST: Final = 1e15
 """Bound of every float in a manifest: below 2^53, so that its RFC 8785 form reads back as itself."""
 
+# Pydantic names the branch of a union between the field that holds it and what is below.
+_BRANCH: Final = re.compile(r"(\b(?:features\.[0-9]+|privacy|model|server))\.\w+")
+
 
 def broken(field: str, rule: str) -> PydanticCustomError:
     """A broken rule between fields, told at ``field`` (dotted, below the model that checks it)."""
     return PydanticCustomError("rule", "{rule}", {"field": field, "rule": rule})
+
+
+def refuse(root: str, error: ValidationError) -> NoReturn:
+    """Raise the first broken rule as a UsageError with code ``<root>.<path>``."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    context = first.get("ctx", {})
+    path = _BRANCH.sub(r"\1", ".".join(map(str, first["loc"])))
+    rule = first["msg"].removeprefix("Value error, ").removesuffix(" after validation")
+    if first["type"] == "rule":
+        path += f".{context['field']}"
+    elif first["type"].startswith("union_tag"):
+        path += f".{context['discriminator']}".replace("'", "")
+        rule = (
+            f"must be one of {context['expected_tags']}" if "expected_tags" in context else "field required"
+        )
+    path = path.strip(".") or root
+    for wording in ("Input should", "Value should", "String should", "Tuple should"):
+        rule = rule.replace(wording, "must")
+    raise UsageError(
+        f"{root}.{path}",
+        f"{path}: {rule[:1].lower()}{rule[1:]}",
+        remedy="Correct this field; unknown keys are errors.",
+        path=path,
+    ) from error
 
 
 def _as_tuple(value: object) -> object:

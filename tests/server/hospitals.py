@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from common import flower, identity, messages
@@ -37,6 +36,7 @@ from common.tasks.state import load_state, model_digest
 from common.witness import HUB, Witness
 from server.enrolment import admit_site, create_hub, sign_roster
 from server.home import CoordinatorHome, HubHome
+from server.memory import MemoryGrid
 from server.processes import free_port
 from server.store import Checkpoint, Store, StudyRow
 from tests.federation import small_study
@@ -289,7 +289,7 @@ class Hospital:
         return self.site.ready(q, np.zeros(0, dtype=np.int64), digest)
 
 
-class Room(Grid):
+class Room(MemoryGrid):
     """A Grid whose nodes are hospitals in this process.
 
     ``meddle`` sees each reply (site, message type, body, payload) and gives what the hub gets instead;
@@ -297,22 +297,10 @@ class Room(Grid):
     """
 
     def __init__(self, hospitals: Iterable[Hospital]) -> None:
-        flower.assume_identity(flower.HUB_NODE_ID)
+        super().__init__({})
         self.hospitals = {hospital.id: hospital for hospital in hospitals}
         self.meddle: Meddle = lambda _site, _type, body, payload: (body, payload)
         self.before: Callable[[int, str], None] = lambda _site, _type: None
-        self._replies: dict[str, flower.Message] = {}
-        self._run = flower.empty_run()
-
-    def set_run(self, run: flower.Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> flower.Run:
-        return self._run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> flower.Message:
-        raise NotImplementedError
 
     def get_node_ids(self) -> list[int]:
         return sorted(self.hospitals)
@@ -335,19 +323,7 @@ class Room(Grid):
                 self._replies[message_id] = flower.reply(message, *given)
         return message_ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[flower.Message]:
-        return [self._replies.pop(m) for m in message_ids if m in self._replies]
-
     def wait(self, message_ids: Sequence[str], timeout_s: float) -> None:
         """Every reply has come while its message was pushed."""
         if not set(message_ids) & set(self._replies):
             time.sleep(min(timeout_s, 0.01))
-
-    def withdraw(self, message_ids: Sequence[str]) -> None:
-        for message_id in message_ids:
-            self._replies.pop(message_id, None)
-
-    def send_and_receive(
-        self, messages: Iterable[flower.Message], *, timeout: float | None = None
-    ) -> list[flower.Message]:
-        return self.pull_messages(self.push_messages(messages))

@@ -7,8 +7,8 @@ import pytest
 
 from common import flower
 from common.errors import FailureError
-from server.exchange import PromptGrid
 from server.memory import MemoryGrid
+from server.waiting import PromptGrid
 
 
 def echo(message: flower.Message) -> flower.Message:

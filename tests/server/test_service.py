@@ -118,10 +118,10 @@ def test_a_revoked_sites_stream_is_cut_at_once_and_refused_after(tmp_path: Path)
     hospital = Hospital(founded, 2)
     try:
         with agent(hub, founded, hospital) as running:
-            wait_until(lambda: 2 in hub.online())
+            wait_until(lambda: 2 in hub.link.online())
             hub.store.revoke_site("Northgate", "2026-01-01T00:00Z", "its key was copied")
             began = time.monotonic()
-            wait_until(lambda: 2 not in hub.online())
+            wait_until(lambda: 2 not in hub.link.online())
             assert time.monotonic() - began < 2
             wait_until(lambda: not running.thread.is_alive())
             assert isinstance(running.error, RefusedError)
@@ -241,7 +241,7 @@ def test_a_site_taken_off_the_roster_is_refused(tmp_path: Path) -> None:
             refused.join()
             assert isinstance(refused.error, RefusedError)
             assert "another key than admitted" in str(refused.error)
-        assert hub.online() == {}
+        assert hub.link.online() == {}
     finally:
         hub.stop()
 
@@ -267,7 +267,7 @@ def test_no_model_leaves_without_consent(tmp_path: Path) -> None:
                 hospitals[0].decision = "approved"
                 assert missing(desk, digest) == "St. Mary"
                 hospitals[0].decision = "consented"
-            wait_until(lambda: 3 not in hub.online())
+            wait_until(lambda: 3 not in hub.link.online())
             assert desk.export(digest, 1)
             assert [site.decision for site in desk.show(digest)[1].sites] == [
                 "consented", "approved", "consented",
