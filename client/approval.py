@@ -8,9 +8,11 @@ is shown as what has changed since.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from client.guard import Guard
+from client.snapshot import local
 from client.sources.extract import load_table
 from client.sources.source import DataSource
 from client.state import SiteHome
@@ -71,6 +73,7 @@ class Review:
     caps: tuple[float, float]
     guard: Guard
     split_key: bytes
+    copies: Path
 
     def check_approvable(self) -> None:
         """Check the data contract on the local extract and that the budget pays for every planned round.
@@ -78,7 +81,8 @@ class Review:
         Raises: ContractError naming file, column and rule; BudgetExhaustedError.
         """
         contract = self.manifest.study.contract
-        table = load_table(self.source, contract, key=self.split_key, part="train")
+        with local(self.source, contract, self.copies) as source:
+            table = load_table(source, contract, key=self.split_key, part="train")
         table = table.without(self.guard.opt_outs(self.manifest))
         privacy, fewest = self.manifest.study.privacy, self.guard.policy.rules.minimum_patients
         if table.patients < fewest:
@@ -208,6 +212,7 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
         caps=(guard.cap.epsilon_t, guard.cap.epsilon_w or 0.0),
         guard=guard,
         split_key=guard.split_key(read_secret(site.split_secret), manifest.digest),
+        copies=site.copies,
     )
 
 

@@ -6,24 +6,25 @@ computation only; it is started when a study needs it and ended when the study c
 """
 
 import logging
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import IO, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.frames import read_frame, write_frame
+from client.frames import passed_environment, read_frame, write_frame
+from client.snapshot import local
 from client.sources.source import DataSource
 from common.errors import ContractError, FailureError, WardroundError
+from common.study import Manifest
 
 log = logging.getLogger("wardround.site.worker")
 
-PASSED_ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "WARDROUND_THREADS")
 END_TIMEOUT_S: Final = 5.0
 
 # prctl(2): a worker dies with the thread that started it, so that must be one which lasts.
@@ -34,17 +35,16 @@ _GREETED: Final = ThreadPoolExecutor(max_workers=16, thread_name_prefix="greet")
 class Computation:
     """One worker process for one study. Thread-safe; one round is computed at a time.
 
+    ``copies`` is the folder for the copy of a database's rows, which the worker cannot reach itself.
+
     Guarantee: worker_death_is_one_failure - a killed worker gives a FailureError, and the next round a
     fresh worker.
     """
 
-    def __init__(self, manifest_bytes: bytes, source: DataSource, split_key: bytes) -> None:
+    def __init__(self, manifest_bytes: bytes, source: DataSource, split_key: bytes, copies: Path) -> None:
         self._manifest_bytes = manifest_bytes
-        self._header = {
-            "op": "prepare",
-            "source": source.model_dump(mode="json"),
-            "split_key": split_key.hex(),
-        }
+        self._source, self._copies = source, copies
+        self._split_key = split_key
         # Patients to leave out of the next round.
         self.opted_out: Collection[str] = ()
         self._turn = threading.Lock()
@@ -96,7 +96,7 @@ class Computation:
         try:
             with self._turn:
                 try:
-                    process = self._loaded(cut)
+                    process = self._loaded(cut, overrun)
                     if cut.is_set() or overrun.is_set():
                         raise FailureError("worker.cut", "the round was over before its rows were loaded")
                     header = {"op": "compute", "opted_out": sorted(self.opted_out)}
@@ -141,7 +141,7 @@ class Computation:
             process = self._process
         self._drop(process)
 
-    def _loaded(self, cut: threading.Event) -> "subprocess.Popen[bytes]":
+    def _loaded(self, cut: threading.Event, overrun: threading.Event) -> "subprocess.Popen[bytes]":
         """The worker, with the rows loaded."""
         with self._changing:
             # Whoever sets these kills the worker afterwards: one that is there now is seen by them.
@@ -153,13 +153,23 @@ class Computation:
             try:
                 if self._greeting is not None:
                     self._greeting.result()
-                self._ask(process, self._header, self._manifest_bytes)
+                self._prepare(process, lambda: overrun.is_set() or self._ended)
             except BaseException:
                 # It has greeted already: only a fresh one can be started again.
                 self._drop(process)
                 raise
             self._prepared = process
         return process
+
+    def _prepare(self, process: "subprocess.Popen[bytes]", stopped: Callable[[], bool]) -> None:
+        contract = Manifest.from_bytes(self._manifest_bytes).study.contract
+        with local(self._source, contract, self._copies, stopped=stopped) as source:
+            self._ask(process, self.header(source), self._manifest_bytes)
+
+    def header(self, source: DataSource) -> dict[str, Any]:
+        """What asks a worker to load the rows of ``source``."""
+        described = source.model_dump(mode="json")
+        return {"op": "prepare", "source": described, "split_key": self._split_key.hex()}
 
     def _running(self) -> "subprocess.Popen[bytes]":
         if self._process is None or self._process.poll() is not None:
@@ -194,13 +204,12 @@ class Computation:
 
 
 def _spawn() -> "subprocess.Popen[bytes]":
-    environment = {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "client.isolation"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env=passed_environment(),
         cwd="/",
     )
 

@@ -1,9 +1,10 @@
-"""The pipe between the supervisor and its worker: one JSON header and one block of bytes a frame.
+"""The pipe between the supervisor and a process with rows: one JSON header and one block of bytes a frame.
 
 Rules: headers are RFC 8785 JSON with a closed set of keys; nothing is pickled; a frame past its limit or cut
 short is an error; results that leave the worker are the integers of a Release and nothing else.
 """
 
+import os
 from typing import IO, Any, Final
 
 from common.encoding import canonical_json, parse_canonical_json, u32, u64
@@ -11,6 +12,12 @@ from common.errors import FailureError
 
 MAX_HEADER_BYTES: Final = 1 << 20
 MAX_BLOB_BYTES: Final = 1 << 32
+PASSED_ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "WARDROUND_THREADS")
+
+
+def passed_environment() -> dict[str, str]:
+    """The environment of such a process: nothing but what it needs."""
+    return {name: os.environ[name] for name in PASSED_ENVIRONMENT if name in os.environ}
 
 
 def write_frame(stream: IO[bytes], header: dict[str, Any], blob: bytes = b"") -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from client import rules
+from client.charges import Charges
 from client.identity import SiteIdentity, load_policy
 from client.pins import Pins
 from client.reservations import Reservations
@@ -45,7 +46,7 @@ from common.ledger.entries import (
 from common.ledger.overrides import standing
 from common.ledger.store import Ledger
 from common.privacy.decimals import text_of
-from common.privacy.events import Event, settled
+from common.privacy.events import Event
 from common.privacy.filter import Cap, admits, odometer, rounds_left
 from common.roster import Roster, SignedRoster
 from common.study import Manifest, NoDifferentialPrivacy
@@ -91,12 +92,10 @@ class Guard:
         self._now = now
         self._pins = Pins(home)
         self._reservations = Reservations(StudyFolder(home), self.plan, now)
-        self._events: dict[str, Event] = {}
-        self._uploads: dict[str, list[tuple[int, int]]] = {}
-        self._parsed = 0
-        self._parsing, self._charging = threading.Lock(), threading.Lock()
+        self._charging = threading.Lock()
         register = self.policy.privacy_register
         self.register_id = register.id
+        self._charges = Charges(register.id)
         self._actor = key_text(public_key(identity.ledger_key))
         self._ledger = Ledger.open(home.ledger, identity.ledger_key, clock=now)
         try:
@@ -245,7 +244,7 @@ class Guard:
             problem = "this site was restored from a backup: its register is closed for every study"
             remedy = "Make a new site and have it admitted, or have two officers reopen it: 'site override'."
             raise RefusedError("guard.restored", problem, remedy=remedy)
-        cap, history = self._cap(entries, self.policy), self._charged(entries)
+        cap, history = self._cap(entries, self.policy), self._charges.settled(entries)
         reserved = self._reservations.events(entries, manifest.digest.hex())
         self._check_no_dp_members(manifest, history)
         if event.kind == "no_dp":
@@ -274,7 +273,7 @@ class Guard:
                 policy
             ):
                 raise RefusedError("guard.decided", "the study was denied, or the policy changed, just now")
-            cap, history = self._cap(entries, policy), self._charged(entries)
+            cap, history = self._cap(entries, policy), self._charges.settled(entries)
             rounds = [past.round for past in history if past.manifest_digest == event.manifest_digest]
             if event.round in rounds:
                 raise RefusedError("guard.round-charged", "this round has been charged before")
@@ -334,7 +333,7 @@ class Guard:
 
         Raises: RefusedError when the ledger holds no charge for that round.
         """
-        last = self._last_charge(man)
+        last = self._charges.last(self._ledger.entries(), man)
         if last is None or last[0].round != round_number:
             raise RefusedError("guard.not-charged", "nothing is charged for this round")
         event, outcomes = last
@@ -346,7 +345,7 @@ class Guard:
 
         ``ctx`` names the upload that it must be about. Nothing is given back.
         """
-        last = self._last_charge(man)
+        last = self._charges.last(self._ledger.entries(), man)
         if last is None or any(said.reason != "upload_started" for said in last[1]):
             return 0
         event, outcomes = last
@@ -373,15 +372,6 @@ class Guard:
         """The hash of every leaf of the ledger, in order."""
         return self._ledger.leaf_hashes()
 
-    def _last_charge(self, man: bytes) -> tuple[Event, list[Outcome]] | None:
-        """The newest charge of a study and what the ledger says of it, in order."""
-        entries = self._ledger.entries()
-        for event in reversed(self._charged(entries)):
-            if event.manifest_digest == man.hex():
-                outcomes = [e for e in entries if isinstance(e, Outcome) and e.event_id == event.event_id]
-                return event, outcomes
-        return None
-
     def _append_outcome(
         self,
         event: Event,
@@ -399,19 +389,19 @@ class Guard:
 
     def last_charged_round(self, man: bytes) -> int:
         """The last round of a manifest that the ledger has charged, 0 for none."""
-        history = self._charged(self._ledger.entries())
+        history = self._charges.settled(self._ledger.entries())
         return max((event.round for event in history if event.manifest_digest == man.hex()), default=0)
 
     def last_released(self, man: bytes) -> tuple[int, bytes]:
         """Attempt and context of the last recorded upload of the last charged round, (0, b"") for none."""
-        last = self._last_charge(man)
+        last = self._charges.last(self._ledger.entries(), man)
         left = [said for said in last[1] if said.reason == "upload_started"] if last else []
         return (left[-1].attempt, bytes.fromhex(left[-1].ctx or "")) if left else (0, b"")
 
     def budget(self) -> Budget:
         """What the register has spent so far, the caps in force, and what is spoken for."""
         entries = self._ledger.entries()
-        history, cap, now = self._charged(entries), self._cap(entries, self.policy), standing(entries)
+        history, cap, now = self._charges.settled(entries), self._cap(entries, self.policy), standing(entries)
         rounds = self._reservations.rounds(entries)
         last = history[-1].manifest_digest if history else next(reversed(rounds), "")
         like = self._reservations.plan(last)
@@ -434,7 +424,7 @@ class Guard:
         """How many more rounds of a study the register could pay, after those reserved by earlier ones."""
         entries = self._ledger.entries()
         reserved = self._reservations.events(entries, manifest.digest.hex())
-        return rounds_left(self._charged(entries), self.plan(admitted, 1), self.cap, reserved)
+        return rounds_left(self._charges.settled(entries), self.plan(admitted, 1), self.cap, reserved)
 
     # -- release consent -------------------------------------------------------------------------------------
 
@@ -491,26 +481,6 @@ class Guard:
         problem = f"the register can pay {left} more such rounds, and {rounds} are asked for"
         remedy = "Deny the study, or ask for one with fewer rounds or more noise."
         return BudgetExhaustedError("budget.exhausted", problem, remedy=remedy, rounds_left=left)
-
-    def _charged(self, entries: Sequence[Entry]) -> tuple[Event, ...]:
-        """The events of the register in order, each settled at the least noise of what has left so far."""
-        # The ledger has checked that what was read before stands unchanged, so only new entries are parsed.
-        with self._parsing:
-            if len(entries) > self._parsed:
-                new = entries[self._parsed :]
-                found = [Event.from_fields(fields) for fields in leaves.events(new, self.register_id)]
-                for event in found:
-                    if event.event_id in self._events:
-                        raise VerificationError("guard.event", "the ledger charges one event twice")
-                    self._events[event.event_id] = event
-                for said in new:
-                    if isinstance(said, Outcome) and said.u_size and said.s_g_squared:
-                        self._uploads.setdefault(said.event_id, []).append((said.u_size, said.s_g_squared))
-                        # Each attempt anew from the charge: what is charged holds for every cohort.
-                        event, uploads = self._events[said.event_id], self._uploads[said.event_id]
-                        self._events[said.event_id] = settled(event, uploads)
-                self._parsed = len(entries)
-            return tuple(self._events.values())
 
     def _record(self, policy: Policy) -> None:
         """Write into the ledger what the policy allows, when that is not what stands there.

@@ -29,14 +29,19 @@ FORBIDDEN_EVENTS: Final = (
 )
 
 
+def end_with_supervisor() -> None:
+    """Die with the thread that started this process, and leave no core dump."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def cut_off() -> bool:
     """Give up the network, core dumps and survival of the supervisor; true when the network is really gone.
 
     Assumes: where the kernel grants no network namespace, native code makes no socket of its own.
     """
+    end_with_supervisor()
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return bool(libc.unshare(CLONE_NEWNET) == 0 or libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0)
 
 

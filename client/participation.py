@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client import heads
+from client import heads, snapshot
 from client.computation import Computation
 from client.guard import Guard
 from client.identity import SiteIdentity
@@ -48,7 +49,8 @@ class Participation:
     """The hospital behind its ClientApp. Thread-safe: a study is locked but while its worker computes.
 
     ``entropy`` is the OS generator in the product; ``clock`` seconds since 1970 UTC; ``computation`` makes
-    the handle on a study's worker from the manifest's bytes, the extract and the split key.
+    the handle on a study's worker from the manifest's bytes, the source, the split key and the folder for
+    copies.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Participation:
         *,
         entropy: Callable[[int], bytes] = os.urandom,
         clock: Callable[[], float] = time.time,
-        computation: Callable[[bytes, DataSource, bytes], Computation] = Computation,
+        computation: Callable[[bytes, DataSource, bytes, Path], Computation] = Computation,
     ) -> None:
         self.identity = SiteIdentity.load(home)
         self.exhausted = False
@@ -69,6 +71,8 @@ class Participation:
         self._heads = heads.Heads(home, self.identity, self._guard, entropy)
         self._studies = StudyFolder(home)
         self._run_file = RunFile(home.runs)
+        self._copies = home.copies
+        snapshot.sweep(self._copies)
         self._runs: dict[bytes, Running] = {}
         # Shared by digest: requests for studies that are none must cost no memory.
         self._locks = tuple(threading.RLock() for _ in range(LOCKS))
@@ -283,7 +287,8 @@ class Participation:
         else:
             site = Site(params, **arguments)
         split_key = self._guard.split_key(self.identity.split_secret, man)
-        computation = self._computation(manifest.to_bytes(), self._guard.source(manifest), split_key)
+        source = self._guard.source(manifest)
+        computation = self._computation(manifest.to_bytes(), source, split_key, self._copies)
         ledger_keys = {party.id: roster.member(party.id).ledger_key for party in manifest.members}
         ledger_keys[HUB] = self.identity.hub_key
         digest = state.model_digest if state else b""

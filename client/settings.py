@@ -159,6 +159,13 @@ minimum_patients = 20
 # patient = "patient_id"   # whose privacy is counted: a study that names another column is refused
 # columns = ["age", "sex", "readmitted"]   # all that studies may see; a study that names another is refused
 # opt_out = "/srv/wardround/opt_out.txt"   # patients to leave out, an id a line; read anew before every round
+# Other sources: parquet: ndjson: duckdb: (with table), sql: and omop: (a database's address, password_file),
+# fhir: and dicom: (folders). What a file does not write as the contract does, a map says:
+# delimiter = ";"
+# decimal = ","
+# [data.readmissions.map.age]
+# column = "Alter"
+# unit = "a"
 """
 
 _NAME: Final = re.compile(r"[A-Za-z0-9 .'_-]{1,64}")

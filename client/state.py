@@ -30,8 +30,9 @@ class SiteHome:
     ``request`` goes to the coordinator, ``admission`` comes back; ``protocol_key`` and ``ledger_key`` sign
     nothing but what their names say; from ``split_secret`` (32 random bytes) split keys are derived;
     ``ledger_mark`` remembers the last charge and ``runs`` holds secrets of running studies, both outside
-    backups; ``pins`` are the fingerprints of other hospitals that a person here has accepted; ``heads`` is
-    what this site has seen of the others' ledgers (common.witness).
+    backups, as are ``copies`` of databases while they are read; ``pins`` are the fingerprints of other
+    hospitals that a person here has accepted; ``heads`` is what this site has seen of the others' ledgers
+    (common.witness).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +44,7 @@ class SiteHome:
         self.ledger_key, self.split_secret = keys / "ledger.pem", keys / "split.secret"
         self.ledger, self.pins = folder / "ledger.db", folder / "pins.json"
         self.heads = folder / "heads.json"
-        self.ledger_mark, self.runs = run / "ledger.mark", run / "runs.db"
+        self.ledger_mark, self.runs, self.copies = run / "ledger.mark", run / "runs.db", run / "copies"
 
     def study(self, digest: str) -> Path:
         """The folder entry of one received study."""

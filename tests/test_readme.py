@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from client.settings import Policy, new_files
 from common import errors
 from server.processes import Processes, free_port
 from tests.federation import extract_rows, small_study, source_of
@@ -110,6 +111,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
             subprocess.run(["sleep", "0.1"], check=True)
     listing = newcomer.run("site requests")
     assert newcomer.digest[:12] in listing
+    assert "train.upload" in newcomer.run("site show DIGEST --home st-mary --egress")
     assert "decision     received" in newcomer.run("site show")
     text = newcomer.run("site approve DIGEST", "--yes", "--fingerprints-compared")
     for shown in ("purpose", "n = 3, t = 1", "m = 3", "compare      Northgate", "approved"):
@@ -160,6 +162,24 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "charge" in result.stdout
+
+
+def test_the_policy_of_the_readme_is_one_in_each_of_its_forms() -> None:
+    (block,) = blocks("toml")
+    lines = block.splitlines()
+    forms = [line for line in lines if line.lstrip("# ").startswith("source = ")]
+    assert len(forms) == 5
+    for form in forms:
+        # A commented form has further settings beside it.
+        chosen = re.sub(r'(?<=")  +(?=[a-z_]+ = )', "\n", form.lstrip("# ").split("   #")[0])
+        chosen = re.sub(r",? (?=password_file)", "\n", re.split(r";|\(", chosen)[0])
+        text = "\n".join(chosen if line == form else "" if line in forms else line for line in lines)
+        policy = Policy.model_validate(
+            tomllib.loads(new_files("St. Mary", "h:1", "0" * 32)["policy.toml"] + text)
+        )
+        source = policy.data["readmissions"]
+        assert source.source in form
+        assert source.mapped("crp").unit == "mg/L"
 
 
 def test_the_two_make_commands_exist() -> None:

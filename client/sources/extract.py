@@ -5,8 +5,6 @@ whatever the source is, it becomes one table ``extract`` whose files are then ou
 into the contract's by SQL, a cell never fails; the order of rows, batches and files changes nothing.
 """
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,16 +19,14 @@ from numpy.typing import NDArray
 from client.sources import engine, files
 from client.sources.engine import identifier, quoted
 from client.sources.source import DataSource
-from client.sources.table import NO_ID, ROUNDED, Part, Table, build_table, in_part
+from client.sources.table import NO_ID, ROUNDED, Part, Table, allocated, build_table, in_part
 from common.contract import Category, Contract, Events, Feature, Image, Label, Number, Series, Text, Values
 from common.contract.cells import BLANKS, NUMBER, UNUSABLE
 from common.contract.units import factor
-from common.errors import ContractError, FailureError
+from common.errors import ContractError
 
 BATCH_ROWS: Final = 1 << 16
 BATCH_CELLS: Final = 1 << 22
-IN_MEMORY_SIZE_BYTES: Final = 1 << 28
-"""Encoded rows beyond this lie in an unnamed file that ends with the process."""
 
 _WHOLE: Final = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _WHOLE_TYPES: Final = _WHOLE | {f"U{name}" for name in _WHOLE}
@@ -68,11 +64,12 @@ class Extract:
 
         NULL where a row names no one patient (see ``table.patient_id``).
         """
-        text = self._text(self.contract.patient)
-        return (
-            f"CASE WHEN lower({text}) NOT IN ({_NO_ID}) AND NOT regexp_full_match({text}, {quoted(ROUNDED)}) "
-            f"THEN {text} END"
-        )
+        return _one_patient(self.patient_text)
+
+    @property
+    def patient_text(self) -> str:
+        """SQL for the patient's id as it stands there."""
+        return self._text(self.contract.patient)
 
     @property
     def label(self) -> str:
@@ -104,10 +101,14 @@ class Extract:
         expression = _as_number(column, kind, self.source.decimal)
         if expression is None:
             raise self._wrong_type(name, kind, "numbers")
+        return self._in_unit(expression, feature)
+
+    def _in_unit(self, expression: str, feature: Number) -> str:
+        """SQL for a number of the hospital's unit in the contract's."""
         own = self.source.mapped(feature.name).unit or feature.unit
         change = factor(feature.analyte, own, feature.unit)
         if change is None:
-            problem = f"no conversion of {name!r} from {own} to {feature.unit} is known"
+            problem = f"no conversion of {feature.name!r} from {own} to {feature.unit} is known"
             remedy = (
                 f"Convert the column in the extract, or correct the unit of {feature.name!r} in policy.toml."
             )
@@ -127,12 +128,27 @@ class Extract:
             where = f"{self.row} >= {start} AND {self.row} < {start + size}"
             found = self.run(f"SELECT {selected} FROM extract WHERE {where}").fetchnumpy()
             columns = {name: _values(found[f"v{index}"]) for index, (name, _) in enumerate(chosen)}
+            for feature in self.contract.features:
+                if isinstance(feature, Image):
+                    columns[feature.name] = self._pixels(feature, columns[feature.name])
             yield start, columns
 
     def count(self) -> int:
         """How many rows there are."""
         found = self.run("SELECT count(*) FROM extract").fetchone()
         return int(found[0]) if found else 0
+
+    def _pixels(self, image: Image, names: Values) -> NDArray[np.float64]:
+        from client.sources.dicom import pixels
+
+        found = np.full((len(names), image.width), np.nan)
+        for row, name in enumerate(names):
+            try:
+                found[row] = pixels(self.source.path, str(name or ""), image)
+            except ContractError:
+                # In a round a file that cannot be read is a constant, for a refusal would be a release.
+                continue
+        return found
 
     def _expression(self, name: str, feature: Feature | Label) -> str:
         if isinstance(feature, Number):
@@ -144,8 +160,11 @@ class Extract:
         if isinstance(feature, Series) and feature.wide:
             channel = next(c for c in feature.channels if name.startswith(f"{c.name}_"))
             return self.number(name, channel)
-        if isinstance(feature, Series | Events):
-            return self._list(name, "DOUBLE" if isinstance(feature, Series) else "VARCHAR")
+        if isinstance(feature, Series):
+            channel = next(c for c in feature.channels if c.name == name)
+            return self._list(name, "DOUBLE", self._in_unit("e.v", channel))
+        if isinstance(feature, Events):
+            return self._list(name, "VARCHAR", self._recoded("e.v", name))
         if isinstance(feature, Text | Image):
             return self._text(name)
         raise TypeError(f"no column holds {type(feature).__name__}")
@@ -155,6 +174,10 @@ class Extract:
         text = _as_text(column, kind)
         if text is None:
             raise self._wrong_type(name, kind, "text, whole numbers or dates")
+        return self._recoded(text, name)
+
+    def _recoded(self, text: str, name: str) -> str:
+        """SQL for a text of the hospital's codes in the contract's."""
         codes = self.source.mapped(name).codes
         if not codes:
             return text
@@ -167,20 +190,26 @@ class Extract:
             f"coalesce(CAST(enum_code(TRY_CAST({self._text(name)} AS ENUM({among}))) AS BIGINT), {UNUSABLE})"
         )
 
-    def _list(self, name: str, item: str) -> str:
+    def _list(self, name: str, item: str, value: str) -> str:
+        """SQL for a list of ``item`` with times; ``value`` is made of the value e.v of an entry e."""
         column, kind = self._column(name)
         if kind in ("VARCHAR", "JSON"):
             # A list in a file of text is JSON, of plain values or of objects with t and v.
             plain, timed = f"{item}[]", f"STRUCT(t DOUBLE, v {item})[]"
             parsed = f"TRY_CAST({column} AS JSON)"
-            placed = "lambda x, i: {'t': (i - 1)::DOUBLE, 'v': x}"
-            return (
+            entries = (
                 f"CASE WHEN json_type({parsed}, '$[0]') = 'OBJECT' THEN TRY_CAST({parsed} AS {timed}) "
-                f"ELSE list_transform(TRY_CAST({parsed} AS {plain}), {placed}) END"
+                f"ELSE {_timed(f'TRY_CAST({parsed} AS {plain})')} END"
             )
-        if not kind.endswith("[]"):
+        elif kind.startswith("STRUCT(") and kind.endswith("[]"):
+            entries = column
+        elif kind.endswith("[]"):
+            entries = _timed(column)
+        else:
             raise self._wrong_type(name, kind, "lists")
-        return column
+        return (
+            entries if value == "e.v" else f"list_transform({entries}, lambda e: {{'t': e.t, 'v': {value}}})"
+        )
 
     def _column(self, name: str) -> tuple[str, str]:
         types = self.types
@@ -201,42 +230,67 @@ def opened(source: DataSource, contract: Contract) -> Iterator[Extract]:
     Assumes: the file is well-formed, so that the bytes of one row don't reach into another.
     Raises: ContractError, also when a file has changed meanwhile; FailureError.
     """
-    _refuse_query(contract)
-    paths = [source.path] if source.kind not in ("fhir", "dicom", "omop", "sql") else []
-    paths += [Path(text.partition(":")[2]) for text in source.tables.values()]
+    kind = source.kind
+    if source.on_server:
+        problem = f"{source.where} is a database on a server, which a copy must be made of first"
+        raise ContractError("source.kind", problem)
+    if contract.query and kind not in files.KINDS:
+        problem = f"a query cannot be run on a source of kind {kind}"
+        raise ContractError("source.query", problem, remedy="Offer the study an extract in files.")
+    paths, folders = _places(source, contract)
     real = [engine.regular_file(path) for path in paths]
     before = [_identity(path) for path in real]
-    with _connected(source, contract, real) as extract:
-        yield extract
-        if [_identity(path) for path in real] != before:
-            problem = f"{source.where} changed while it was read"
-            remedy = "Write a new extract beside it and rename it into place."
-            raise ContractError("source.changed", problem, remedy=remedy)
+    # DuckDB looks for the log of a database file beside it.
+    logs = [Path(f"{path}.wal") for path in real if kind in ("duckdb", "omop")]
+    with engine.connect([*real, *logs], folders) as connection:
+        yield Extract(connection, source, contract, _filled(connection, source, contract))
+    if [_identity(path) for path in real] != before:
+        problem = f"{source.where} changed while it was read"
+        remedy = "Write a new extract beside it and rename it into place."
+        raise ContractError("source.changed", problem, remedy=remedy)
 
 
-def _refuse_query(contract: Contract) -> None:
-    if contract.query:
-        problem = "this version runs no query on a source"
-        raise ContractError("source.query", problem, remedy="Offer the study an extract in files.")
+def _places(source: DataSource, contract: Contract) -> tuple[list[Path], list[Path]]:
+    """The files and the folders that a source is made of."""
+    further = source.tables.values() if contract.query else ()
+    paths = [Path(text.partition(":")[2]) for text in further]
+    if source.kind == "fhir" and source.cohort:
+        paths.append(Path(source.cohort))
+    if source.kind == "dicom" and source.table:
+        paths.append(Path(source.table))
+    if source.kind in ("fhir", "dicom", "omop") and source.path.is_dir():
+        return paths, [source.path.resolve()]
+    return [source.path, *paths], []
 
 
-@contextmanager
-def _connected(source: DataSource, contract: Contract, real: list[Path]) -> Iterator[Extract]:
+def _filled(connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Contract) -> str:
+    """Make ``extract`` and lock the connection; the column that numbers the rows."""
     kind = source.kind
-    if kind in ("csv", "parquet", "ndjson", "duckdb"):
-        copied = kind != "parquet" or bool(contract.query)
+    copied = kind != "parquet" or bool(contract.query)
+    if kind in files.KINDS:
         window = () if contract.window is None else (contract.window.column,)
-        wanted = source.columns if contract.query else dict.fromkeys((*contract.columns, *window))
-        # DuckDB looks for the log of a database file beside it.
-        logs = [Path(f"{real[0]}.wal")] if kind == "duckdb" else []
-        with engine.connect([*real, *logs]) as connection:
-            files.fill(connection, source, list(dict.fromkeys((contract.patient, *wanted))), copied=copied)
-            for name in source.tables if contract.query else ():
-                files.fill_further(connection, source, name, (contract.patient, *source.columns))
-            engine.lock(connection, copied=copied)
-            yield Extract(connection, source, contract, "rowid" if copied else files.ROW)
-        return
-    raise ContractError("source.kind", f"a source of kind {kind} cannot be read here")
+        wanted = source.columns if contract.query else (*contract.columns, *window)
+        files.fill(connection, source, list(dict.fromkeys((contract.patient, *wanted))), copied=copied)
+        for name in source.tables if contract.query else ():
+            files.fill_further(connection, source, name, (contract.patient, *source.columns))
+    elif kind == "omop":
+        from client.sources import omop
+
+        omop.fill(connection, source, contract)
+    elif kind == "fhir":
+        from client.sources import fhir
+
+        fhir.fill(connection, source, contract)
+    else:
+        from client.sources import dicom
+
+        dicom.fill(connection, source, contract)
+    engine.lock(connection, copied=copied)
+    if contract.query:
+        from client.sources import query
+
+        query.run(connection, contract)
+    return "rowid" if copied else files.ROW
 
 
 def load_table(source: DataSource, contract: Contract, *, key: bytes, part: Part = "train") -> Table:
@@ -248,10 +302,10 @@ def load_table(source: DataSource, contract: Contract, *, key: bytes, part: Part
     Raises: ContractError, FailureError.
     """
     with opened(source, contract) as extract:
-        query = (
-            f"SELECT r, p, y FROM (SELECT {extract.row} AS r, {extract.patient} AS p, {extract.label} AS y "
-            f"FROM extract WHERE {extract.inside}) WHERE p IS NOT NULL AND y >= 0 ORDER BY p, r"
-        )
+        # One step inside the other, so that DuckDB makes each text once.
+        texts = f"SELECT {extract.row} AS r, {extract.patient_text} AS t, {extract.label} AS y FROM extract"
+        named = f"SELECT r, {_one_patient('t')} AS p, y FROM ({texts} WHERE {extract.inside})"
+        query = f"SELECT r, p, y FROM ({named}) WHERE p IS NOT NULL AND y >= 0 ORDER BY p, r"
         found = extract.run(query).fetchnumpy()
         ids = np.ma.filled(found["p"], None).astype(object)
         kept = in_part(ids, contract, key=key, part=part)
@@ -259,7 +313,7 @@ def load_table(source: DataSource, contract: Contract, *, key: bytes, part: Part
         y = np.ma.filled(found["y"], UNUSABLE).astype(np.int64)[kept]
         place = np.full(extract.count(), UNUSABLE, dtype=np.int64)
         place[rows] = np.arange(len(rows))
-        x = _allocated(len(rows), contract.width)
+        x = allocated(len(rows), contract.width)
         for start, columns in extract.batches():
             encoded, _ = contract.encode(columns)
             into = place[start : start + len(encoded)]
@@ -267,21 +321,19 @@ def load_table(source: DataSource, contract: Contract, *, key: bytes, part: Part
     return build_table(ids, x, y, contract, key=key)
 
 
-def _allocated(rows: int, width: int) -> NDArray[np.float64]:
-    """float64 [rows, width], in a file without a name where it is large. Raises FailureError."""
-    size_bytes = 8 * rows * width
-    if size_bytes <= IN_MEMORY_SIZE_BYTES:
-        return np.empty((rows, width))
-    try:
-        with tempfile.TemporaryFile() as file:
-            # Reserved now: a full disk under a mapping would end the process without a word.
-            os.posix_fallocate(file.fileno(), 0, size_bytes)
-            return np.memmap(file, dtype=np.float64, mode="r+", shape=(rows, width))
-    except OSError as error:
-        remedy = "Free space in the folder for temporary files, or set TMPDIR for the agent."
-        raise FailureError(
-            "source.scratch", "the encoded rows do not fit onto the disk", remedy=remedy
-        ) from error
+def _one_patient(text: str) -> str:
+    """SQL for the id of one patient, NULL where a text names none (see ``table.patient_id``)."""
+    return (
+        f"CASE WHEN strlen({text}) <= {max(map(len, NO_ID))} "
+        f"THEN CASE WHEN lower({text}) NOT IN ({_NO_ID}) THEN {text} END "
+        f"WHEN contains({text}, '+') AND regexp_full_match({text}, {quoted(ROUNDED)}) THEN NULL "
+        f"ELSE {text} END"
+    )
+
+
+def _timed(plain: str) -> str:
+    """SQL for a list of plain values with their places for times."""
+    return f"list_transform({plain}, lambda x, i: {{'t': (i - 1)::DOUBLE, 'v': x}})"
 
 
 def _identity(path: Path) -> tuple[int, int, int, int]:

@@ -18,6 +18,7 @@ from client.sources.source import DataSource
 from common.contract.cells import BLANKS
 from common.errors import ContractError
 
+KINDS: Final = ("csv", "parquet", "ndjson", "duckdb")
 CSV_REMEDY: Final = (
     "Export as CSV of RFC 4180: one line of column names first, double quotes, the delimiter and encoding "
     "that policy.toml names (comma and UTF-8 if it names none)."

@@ -79,6 +79,13 @@ class DataSource(Strict):
         """Whether the rows are read over a connection, so not by the process that computes."""
         return self.kind == "sql" or (self.kind == "omop" and "://" in self.where)
 
+    def copied(self, path: Path) -> "DataSource":
+        """The same source once a copy of its rows lies in the Parquet file ``path``."""
+        # The copy has the contract's names; what a database of codes gives, its units and codes too.
+        kept = {} if self.kind == "omop" else self.map
+        renamed = {name: own.model_copy(update={"column": ""}) for name, own in kept.items()}
+        return self.model_copy(update={"source": f"parquet:{path}", "map": renamed})
+
     def mapped(self, column: str) -> ColumnMap:
         """How a column of a contract is written here."""
         return self.map.get(column, ColumnMap())

@@ -5,7 +5,9 @@ what order and on which side of the split depends on the site's key and that pat
 other patients or the order of the file; ids stay inside, and neither they nor a size is ever printed.
 """
 
+import os
 import re
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 from common.contract import Contract
 from common.contract.cells import BLANKS
 from common.encoding import derive, u64
+from common.errors import FailureError
 
 Part: TypeAlias = Literal["train", "holdout"]
 
@@ -24,6 +27,27 @@ NO_ID: Final = frozenset({"", "-", "?", "na", "n/a", "nan", "<na>", "nat", "none
 
 ROUNDED: Final = r"[0-9](\.[0-9]+)?[eE]\+[0-9]+"
 """A long number as spreadsheets show it: its last digits are lost, so that patients share it."""
+
+
+IN_MEMORY_SIZE_BYTES: Final = 1 << 28
+"""Encoded rows beyond this lie in an unnamed file that ends with the process."""
+
+
+def allocated(rows: int, width: int) -> NDArray[np.float64]:
+    """float64 [rows, width], in a file without a name where it is large. Raises FailureError."""
+    size_bytes = 8 * rows * width
+    if size_bytes <= IN_MEMORY_SIZE_BYTES:
+        return np.empty((rows, width))
+    try:
+        with tempfile.TemporaryFile() as file:
+            # Reserved now: a full disk under a mapping would end the process without a word.
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            return np.memmap(file, dtype=np.float64, mode="r+", shape=(rows, width))
+    except OSError as error:
+        remedy = "Free space in the folder for temporary files, or set TMPDIR for the agent."
+        raise FailureError(
+            "source.scratch", "the encoded rows do not fit onto the disk", remedy=remedy
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -61,9 +85,9 @@ class Table:
         stays = np.array([patient not in patients for patient in self.ids], dtype=np.bool_)
         rows = stays[self.patient_index]
         index = (np.cumsum(stays) - 1)[self.patient_index[rows]].astype(np.int64)
-        return Table(
-            self.x[rows], self.y[rows], index, [p for p, kept in zip(self.ids, stays, strict=True) if kept]
-        )
+        x = np.compress(rows, self.x, axis=0, out=allocated(int(rows.sum()), self.x.shape[1]))
+        ids = [patient for patient, kept in zip(self.ids, stays, strict=True) if kept]
+        return Table(x, self.y[rows], index, ids)
 
 
 def patient_id(cell: object) -> str | None:

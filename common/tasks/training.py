@@ -292,6 +292,9 @@ def _by_patient(
     patients, dense = np.unique(patient_index, return_inverse=True)
     usable = np.flatnonzero((y >= 0) & (y < classes))
     order = usable[np.argsort(dense[usable], kind="stable")]
+    if np.array_equal(order, np.arange(len(y))):
+        # As a table has them: rows that may be larger than memory are not copied.
+        return (x, y, dense.astype(np.int64)), len(patients)
     return (x[order], y[order], dense[order].astype(np.int64)), len(patients)
 
 

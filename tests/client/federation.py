@@ -60,9 +60,10 @@ class ComputedHere(Computation):
         manifest_bytes: bytes,
         source: DataSource,
         split_key: bytes,
+        copies: Path,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
-        super().__init__(manifest_bytes, source, split_key)
+        super().__init__(manifest_bytes, source, split_key, copies)
         self._worker = Worker(entropy)
 
     def warm(self) -> None:
@@ -80,7 +81,7 @@ class ComputedHere(Computation):
     ) -> NDArray[np.int64]:
         if self.ended or (cut is not None and cut.is_set()):
             raise FailureError("worker.ended", "the round was stopped before its computation began")
-        self._worker.prepare(self._header, self._manifest_bytes)
+        self._worker.prepare(self.header(self._source), self._manifest_bytes)
         return np.frombuffer(self._worker.compute(state, self.opted_out), dtype="<i8").astype(np.int64)
 
 

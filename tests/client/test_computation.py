@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.computation import PASSED_ENVIRONMENT, Computation
+from client.computation import Computation
+from client.frames import PASSED_ENVIRONMENT
 from client.sources.source import DataSource
 from common.admissible import check
 from common.errors import ContractError, FailureError
@@ -47,7 +48,8 @@ class Running:
 
 
 def computation_of(manifest: Manifest, extract: Path) -> Computation:
-    return Computation(manifest.to_bytes(), DataSource(source=f"csv:{extract}", patient="patient"), bytes(32))
+    source = DataSource(source=f"csv:{extract}", patient="patient")
+    return Computation(manifest.to_bytes(), source, bytes(32), extract.parent)
 
 
 def kill(computation: Computation) -> None:

@@ -345,7 +345,7 @@ def test_one_guard_serves_several_threads(federation: Federation, guard: Guard) 
     assert problems == []
     assert guard.budget().charges == sum(isinstance(e, Charge) for e in federation.entries(1)) == 12
     # A thread that read the ledger before the others wrote to it comes last.
-    guard._charged(guard._ledger.entries()[:3])
+    guard._charges.settled(guard._ledger.entries()[:3])
     fresh = federation.guard(1)
     assert fresh.budget() == guard.budget()
     fresh.close()

@@ -83,14 +83,14 @@ def test_a_round_is_settled_at_its_least_noise(template: Path, tmp_path: Path) -
     assert all(hub.ready(round_).values())
     (charge,) = [Event.from_fields(e.event) for e in hub.federation.entries(1) if isinstance(e, Charge)]
     before = guard.budget()
-    assert guard._charged(guard._ledger.entries()) == (charge,)
+    assert guard._charges.settled(guard._ledger.entries()) == (charge,)
     hub.upload(round_, round_.cohort())
-    (of_four,) = guard._charged(guard._ledger.entries())
+    (of_four,) = guard._charges.settled(guard._ledger.entries())
     # Hospital 4 is gone: the others mask again, with larger shares.
     second = round_.cohort(without=[4])
     hub.upload(round_, second)
     hub.finish(round_, second)
-    (settled,) = guard._charged(guard._ledger.entries())
+    (settled,) = guard._charges.settled(guard._ledger.entries())
     shares = hub.admitted.shares
     assert (settled.u_size, settled.s_g_squared) == (4, min(shares[1], 2 * shares[0] // 3))
     assert charge.mechanism.z_t <= settled.mechanism.z_t

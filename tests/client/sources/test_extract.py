@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from client.sources import engine, extract
+from client.sources import engine, extract, table
 from client.sources.extract import load_table
 from client.sources.source import DataSource
 from client.sources.table import Table
-from common.contract import Category, Contract, Label, Number
+from common.contract import Category, Contract, Label, Number, Window
 from common.errors import ContractError, FailureError
 from tests.tables import table_of
 
@@ -462,3 +463,80 @@ def test_the_heart_data_is_read_where_it_is_present(tmp_path: Path) -> None:
     assert np.bincount(table.y).tolist() == [51, 56, 41, 42, 10]
     assert table.x[:, 1:].sum() == 200
     assert math.isclose(table.x[table.ids.index("v0"), 0], 2 * 43 / 70 - 1)
+
+
+WINDOWED = CONTRACT.model_copy(
+    update={"window": Window(column="seen", first="2020-01-01", last="2020-12-31")}
+)
+DAYS = {
+    "2019-12-31": False, "2020-01-01": True, "2020-12-31": True, "2021-01-01": False, "": False, "soon": False,
+    "2020-02-30": False, "31.12.2020": False,
+}  # fmt: skip
+
+
+def dated(path: Path, days: Sequence[str]) -> Path:
+    rows: list[list[object]] = [[f"p{i}", "50", "10", "1", "1", day] for i, day in enumerate(days)]
+    return write(path, rows, [*HEADER, "seen"])
+
+
+def test_rows_outside_the_window_are_left_out(tmp_path: Path) -> None:
+    table = load(dated(tmp_path / "a.csv", list(DAYS)), contract=WINDOWED)
+    assert table.ids == [f"p{i}" for i, inside in enumerate(DAYS.values()) if inside]
+    rows = ", ".join(f"('p{i}', TRY_CAST('{day}' AS TIMESTAMP))" for i, day in enumerate(DAYS))
+    select = "SELECT pid, 50 AS age, 10 AS crp, '1' AS \"chest pain\", '1' AS died, seen FROM "
+    typed = parquet(tmp_path / "a.parquet", f"{select} (VALUES {rows}) AS t(pid, seen)")
+    assert load(typed, "parquet", WINDOWED).ids == table.ids
+
+
+def test_dates_are_read_in_the_form_that_the_policy_names_and_no_other(tmp_path: Path) -> None:
+    path = dated(tmp_path / "a.csv", ["31.12.2020", "01.02.2021", "2020-06-01", "06/01/2020"])
+    mapped = source(path, map={"seen": {"date_format": "%d.%m.%Y"}})
+    assert load_table(mapped, WINDOWED, key=KEY).ids == ["p0"]
+    american = source(path, map={"seen": {"date_format": "%m/%d/%Y"}})
+    assert load_table(american, WINDOWED, key=KEY).ids == ["p3"]
+    assert load(path, contract=WINDOWED).ids == ["p2"]
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [["p1", "50", "10", "1", "1"]])
+    newer = write(tmp_path / "b.csv", [["p2", "50", "10", "1", "1"]])
+    with pytest.raises(ContractError) as caught, extract.opened(source(path), CONTRACT):
+        newer.rename(path)
+    assert caught.value.code == "source.changed"
+    assert str(path) in caught.value.problem
+    with pytest.raises(ContractError) as caught, extract.opened(source(path), CONTRACT):
+        path.unlink()
+    assert caught.value.code == "source.changed"
+
+
+def test_rows_beyond_memory_lie_in_a_file_without_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[list[object]] = [[f"p{i % 40}", i % 100, 10, "1", i % 2] for i in range(100)]
+    path = write(tmp_path / "a.csv", rows)
+    whole = load(path)
+    monkeypatch.setattr(table, "IN_MEMORY_SIZE_BYTES", 0)
+    monkeypatch.setattr(extract, "BATCH_ROWS", 7)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    streamed = load(path)
+    assert same(whole, streamed)
+    base = streamed.x
+    while not isinstance(base, np.memmap):
+        assert isinstance(base.base, np.ndarray)
+        base = base.base
+    assert same(whole.without(["p7", "p30"]), streamed.without(["p7", "p30"]))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.csv", [["p1", "50", "10", "1", "1"]])
+    monkeypatch.setattr(table, "IN_MEMORY_SIZE_BYTES", 0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(FailureError) as caught:
+        load(path)
+    assert caught.value.code == "source.scratch"

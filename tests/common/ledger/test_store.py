@@ -173,7 +173,7 @@ def test_rows_have_types(path: Path) -> None:
         for row in ("6, 'text', {h}, {h}, {s}", "6, x'00', x'00', {h}, {s}", "6, x'00', {h}, {h}, x'00'"):
             values = row.format(h=f"x'{'00' * 32}'", s=f"x'{'00' * 64}'")
             with pytest.raises(sqlite3.IntegrityError):
-                connection.execute(f"INSERT INTO entries VALUES ({values})")  # noqa: S608
+                connection.execute(f"INSERT INTO entries VALUES ({values})")
     finally:
         connection.close()
 
