@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from common.contract import Contract
 from common.errors import UsageError
 from common.privacy.clipping import weight_limit
 from common.privacy.events import Event
@@ -25,6 +26,7 @@ from common.privacy.gate import (
     Vector,
     plan_event,
 )
+from common.query import check_query
 from common.secagg.codec import fits, quantise
 from common.secagg.params import MAX_WORDS
 from common.study import Codec, DifferentialPrivacy, Manifest, Study
@@ -129,6 +131,7 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
     study = manifest.study
     if now_minute is not None and now_minute >= study.expires:
         raise _refusal("expires", f"the study expired at {study.expires}")
+    _check_query(study.contract)
     if study.contract.tokens:
         # Tokens are names, not amounts: only an embedding can read them.
         rule = f"{study.contract.tokens[0]!r} gives tokens, which {study.model.kind} cannot read"
@@ -188,6 +191,19 @@ def _gate_params(study: Study, dim: int) -> GateParams | PlainParams:
         )
     except UsageError as error:
         raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error
+
+
+def _check_query(contract: Contract) -> None:
+    """Refuse a query that may mix patients, or that makes other columns than the contract reads."""
+    if not contract.query:
+        return
+    public = {table.name: table.columns for table in contract.tables}
+    columns, _ = check_query(contract.query, contract.patient, public)
+    window = () if contract.window is None else (contract.window.column,)
+    needed = {contract.patient, *contract.columns, *window}
+    if set(columns) != needed:
+        differing = min(set(columns) ^ needed)
+        raise _refusal("contract.query", f"it and the contract differ in the column {differing!r}")
 
 
 def _check_arithmetic(study: Study) -> None:

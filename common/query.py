@@ -1,498 +1,575 @@
-"""Study SQL: which SELECTs a study may ask hospitals to run, decided on the syntax tree.
+"""Which SQL of a study may run on a hospital's tables: one SELECT that treats each patient alone.
 
-Source: PRIVACY.md "Everything upstream is separable by patient"; DuckDB documentation, "json_serialize_sql".
-Rules: allow-lists, so that what is not known is refused. Every row of every part belongs to the patient in
-its patient column and is made of that patient's rows and public tables alone, by induction: a table of
-patients has that column; GROUP BY and PARTITION BY keep patients apart; a join of two such parts is on it.
-What depends on an order that rows do not have (row_number, lag, any_value, mode, float sums) is refused, or
-is given an order by the values themselves; casts become TRY_CAST, so that no cell makes a query fail.
-DISTINCT inside an aggregate stays among one patient's rows and is allowed.
+Source: PRIVACY.md "Everything upstream is separable by patient"; DuckDB documentation, "Json_serialize_sql".
+Rules: an allow-list over DuckDB's own syntax tree, of clauses, fields, functions and types; what is not
+listed is refused with the reason. The rows that a SELECT makes of a patient follow from that patient's rows
+and public tables alone: so it is for every SELECT inside it.
+
+What makes that so. Every private table, subquery or CTE has the patient column, by that name, and hands it
+on unchanged; private tables are joined on it, by INNER or LEFT; groups and windows contain it. Nothing
+depends on the order of rows: no LIMIT, no row number, no list that is not sorted by its own entries, no sum
+of floating numbers. Nothing can fail on a value, for a failure would be a release: each expression runs
+inside TRY, which is why an aggregate or a window function stands alone in its place; compute with it in an
+outer SELECT.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn, TypeAlias
 
 import duckdb
 
 from common.errors import UsageError
 
+CODE: Final = "study.contract.query"
+REMEDY: Final = "Change the query; its rules are in the docstring of common/query.py."
+MAX_NODES: Final = 20_000
+MAX_DEPTH: Final = 60
+
 Node: TypeAlias = dict[str, Any]
 
-MAX_DEPTH: Final = 50
-"""Expressions, joins and subqueries inside each other."""
-
-_ROW_AGGREGATES: Final = frozenset(
-    "bool_and bool_or count count_if count_star max median min quantile_cont quantile_disc".split()
+# DuckDB takes these for functions where no column has the name; rowid is a place.
+_NO_COLUMN: Final = frozenset({
+    "rowid", "current_date", "current_time", "current_timestamp", "localtime", "localtimestamp",
+    "today", "now", "current_user", "session_user", "user", "current_role", "current_catalog",
+    "current_schema", "current_database", "filename", "file_row_number", "file_index",
+})  # fmt: skip
+SCALARS: Final = frozenset({
+    "+", "-", "*", "/", "//", "%", "||", "~~", "!~~", "~~*", "!~~*", "abs", "ceil", "ceiling",
+    "floor", "round", "trunc", "sign", "sqrt", "exp", "ln", "log10", "log2", "pow", "power",
+    "greatest", "least", "isnan", "isfinite", "lower", "upper", "trim", "ltrim", "rtrim", "length",
+    "substring", "substr", "left", "right", "replace", "contains", "starts_with", "prefix",
+    "suffix", "split_part", "concat", "regexp_matches", "regexp_full_match", "regexp_extract",
+    "nullif", "ifnull", "if", "date_part", "date_diff", "datediff", "date_trunc", "year", "month",
+    "day", "hour", "epoch", "make_date", "try_strptime", "to_days", "to_hours", "to_minutes",
+    "struct_pack", "struct_extract",
+})  # fmt: skip
+AGGREGATES: Final = frozenset(
+    {"count", "count_star", "min", "max", "sum", "avg", "bool_and", "bool_or", "list"}
 )
-_ORDERED_AGGREGATES: Final = frozenset(
-    "array_agg avg corr covar_pop covar_samp first last list mean regr_slope stddev stddev_pop stddev_samp "
-    "string_agg sum var_pop var_samp variance".split()
+WINDOWS: Final = frozenset({"rank", "dense_rank", "count", "count_star", "min", "max", "sum", "avg"})
+_EXACT: Final = frozenset(
+    {"TINYINT", "SMALLINT", "INTEGER", "INT", "BIGINT", "DECIMAL", "NUMERIC", "BOOLEAN", "BOOL"}
 )
-"""What depends on the order of rows, if only in the last bit: ordered by the arguments too."""
-_WINDOW_AGGREGATES: Final = frozenset("bool_and bool_or count count_star max min".split())
-_RANKS: Final = frozenset("WINDOW_RANK WINDOW_RANK_DENSE WINDOW_PERCENT_RANK WINDOW_CUME_DIST".split())
-_BOUNDS: Final = frozenset(
-    "UNBOUNDED_PRECEDING UNBOUNDED_FOLLOWING CURRENT_ROW_RANGE EXPR_PRECEDING_RANGE "
-    "EXPR_FOLLOWING_RANGE".split()
-)
-_SCALARS: Final = frozenset(
-    "+ - * / // % ** ^ || ~~ !~~ ~~* !~~* ->> abs ceil ceiling concat concat_ws contains date_add date_diff "
-    "date_part date_sub date_trunc datediff datesub day dayofweek dayofyear ends_with epoch exp floor "
-    "greatest hour if ifnull isfinite isinf isnan isodow least left len length list_contains list_value ln "
-    "log log10 log2 lower ltrim make_date minute month nullif position pow power prefix quarter "
-    "regexp_extract regexp_full_match regexp_matches regexp_replace replace right round rtrim second sign "
-    "split_part sqrt starts_with strftime strpos strptime struct_extract struct_pack substr substring suffix "
-    "to_days to_hours to_minutes to_months to_seconds to_weeks to_years trim trunc try_strptime upper week "
-    "year".split()
-)
-_OPERATORS: Final = frozenset(
-    "OPERATOR_NOT OPERATOR_IS_NULL OPERATOR_IS_NOT_NULL OPERATOR_COALESCE OPERATOR_TRY COMPARE_IN "
-    "COMPARE_NOT_IN ARRAY_EXTRACT STRUCT_EXTRACT".split()
-)
-_TYPES: Final = frozenset(
-    "BIGINT BOOLEAN DATE DECIMAL DOUBLE FLOAT INTEGER SMALLINT TIMESTAMP TINYINT VARCHAR".split()
-)
-_HIDDEN: Final = frozenset({"rowid", "oid", "ctid", "tableoid"})
-_PLACE: Final = frozenset({"class", "type", "alias", "query_location", "query_location_length"})
-_DEFAULTS: Final = ("", None, False, [], {}, {"map": []}, {"type": "ORDER_MODIFIER", "orders": []})
+_TYPES: Final = _EXACT | {
+    "DOUBLE",
+    "FLOAT",
+    "REAL",
+    "VARCHAR",
+    "TEXT",
+    "STRING",
+    "DATE",
+    "TIMESTAMP",
+    "DATETIME",
+}
+_OPERATORS: Final = frozenset({
+    "OPERATOR_COALESCE", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_NOT", "COMPARE_IN",
+    "COMPARE_NOT_IN", "STRUCT_EXTRACT", "OPERATOR_TRY",
+})  # fmt: skip
+_COMPARISONS: Final = frozenset({
+    "COMPARE_EQUAL", "COMPARE_NOTEQUAL", "COMPARE_LESSTHAN", "COMPARE_GREATERTHAN",
+    "COMPARE_LESSTHANOREQUALTO", "COMPARE_GREATERTHANOREQUALTO", "COMPARE_DISTINCT_FROM",
+    "COMPARE_NOT_DISTINCT_FROM",
+})  # fmt: skip
 
-_REASONS: Final = {
-    "SUBQUERY": ("a subquery inside an expression", "Join a subquery on the patient column instead."),
-    "STAR": ("* and COLUMNS(...)", "Name the columns."),
-    "DISTINCT_MODIFIER": ("DISTINCT", "Group by the patient column and the others instead."),
-    "LIMIT_MODIFIER": ("LIMIT and OFFSET", "Leave it out; the contract's rows_per_patient limits rows."),
-    "LIMIT_PERCENT_MODIFIER": ("LIMIT", "Leave it out; the contract's rows_per_patient limits rows."),
-    "ORDER_MODIFIER": ("ORDER BY of the rows", "Leave it out; the order of rows means nothing here."),
-    "SET_OPERATION_NODE": ("UNION, INTERSECT, EXCEPT", "Write one SELECT, with joins."),
-    "RECURSIVE_CTE_NODE": ("WITH RECURSIVE", "Leave out the recursion."),
-    "TABLE_FUNCTION": ("a function in place of a table", "Read the hospital's tables by name."),
-    "EXPRESSION_LIST": ("VALUES", "Put public rows into a table of the contract."),
-    "PIVOT": ("PIVOT and UNPIVOT", "Use aggregates with FILTER instead."),
-    "SHOW_REF": ("DESCRIBE, SHOW and SUMMARIZE", "Write one SELECT."),
-    "EMPTY": ("a SELECT without FROM", "Read the table extract."),
-    "LAMBDA": ("a lambda", "Leave it out."),
-    "POSITIONAL_REFERENCE": ("a column by its place", "Name the column."),
-    "PARAMETER": ("a parameter", "Write the value."),
-    "COLLATE": ("COLLATE", "Use lower()."),
-}  # fmt: skip
-_ORDERLESS: Final = frozenset(
-    "row_number lag lead ntile nth_value first_value last_value any_value arbitrary arg_max arg_min max_by "
-    "min_by mode".split()
-)
+# The fields of a node that may be there; each is looked at below, but for those named here as inert.
+_INERT: Final = frozenset({"query_location", "query_location_length"})
+_SELECT: Final = frozenset({
+    "type", "cte_map", "select_list", "from_table", "where_clause", "group_expressions",
+    "group_sets", "aggregate_handling",
+})  # fmt: skip
+_JOIN: Final = frozenset({
+    "type", "left", "right", "condition", "join_type", "ref_type", "using_columns", "delim_flipped",
+    "is_implicit", "nearest_count", "nearest_order_type", "nearest_approx",
+})  # fmt: skip
+_FUNCTION: Final = frozenset({
+    "class", "type", "alias", "function_name", "qualified_name", "arguments", "order_bys",
+    "distinct", "filter", "is_operator", "export_state",
+})  # fmt: skip
+_WINDOW: Final = frozenset({
+    "class", "type", "alias", "function_name", "qualified_name", "arguments", "partitions",
+    "orders", "start", "end", "exclude_clause", "ignore_nulls", "has_ignore_nulls", "distinct", "start_expr",
+    "end_expr",
+})  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A query that was let through: its columns in order, and the SQL that may be run, made of its tree."""
+@dataclass(frozen=True)
+class Relation:
+    """What stands in a FROM: its columns in lower case, None where the hospital's are not known.
 
-    columns: tuple[str, ...]
-    sql: str
-
-
-def check_query(
-    sql: str, patient: str, tables: Collection[str] | None, public: Mapping[str, Collection[str]]
-) -> tuple[str, ...]:
-    """The names of the columns of a study's query; a query that is not separable by patient is refused.
-
-    ``tables``: the hospital's, each with the column ``patient``; None where they are not known, so that any
-    name but a public one counts as such a table. ``public``: the columns of each public table.
-
-    Guarantee: accepted_queries_are_separable - without a patient's rows the result is the same, without them.
-    Raises: UsageError ``study.contract.query`` with the construct and what to write instead.
+    ``private``: its rows are patients', and its patient column is each row's patient. ``nullable``: as the
+    right side of a LEFT JOIN, so that its patient column is not every row's.
     """
-    return checked(sql, patient, tables, public).columns
 
-
-def checked(
-    sql: str, patient: str, tables: Collection[str] | None, public: Mapping[str, Collection[str]]
-) -> Checked:
-    """As ``check_query``, with the SQL to run.
-
-    Guarantee: what_runs_was_checked - that SQL passes the same check and is its own result.
-    """
-    for name, columns in public.items():
-        if folded(patient) in map(folded, columns):
-            raise _refusal(f"the public table {name!r} has the patient column", "Rename that column.")
-    check = _Check(
-        folded(patient),
-        None if tables is None else frozenset(map(folded, tables)),
-        frozenset(map(folded, public)),
-    )
-    with duckdb.connect(":memory:") as connection:
-        columns, written = _rewritten(connection, sql, check)
-        again, twice = _rewritten(connection, written, check)
-    if again != columns or twice != written:
-        raise _refusal("the query is not read the same way twice", "Write it in a simpler way.")
-    return Checked(columns, written)
-
-
-def folded(name: str) -> str:
-    """A name as DuckDB compares it: without regard to the case of ASCII letters."""
-    return "".join(c.lower() if c.isascii() else c for c in name)
-
-
-def _rewritten(
-    connection: duckdb.DuckDBPyConnection, sql: str, check: "_Check"
-) -> tuple[tuple[str, ...], str]:
-    try:
-        found = connection.execute("SELECT CAST(json_serialize_sql(?) AS VARCHAR)", [sql]).fetchone()
-        tree = json.loads(found[0]) if found else {"error": True}
-    except (duckdb.Error, ValueError, RecursionError) as error:
-        raise _refusal("the query cannot be read", "Write one SELECT in DuckDB's SQL.") from error
-    if tree.get("error"):
-        kind = str(tree.get("error_message", ""))[:200]
-        raise _refusal(f"the query is not one SELECT: {kind}", "Write one SELECT in DuckDB's SQL.")
-    if len(tree["statements"]) != 1:
-        raise _refusal("the query is more than one statement", "Write one SELECT.")
-    statement = tree["statements"][0]
-    _only(statement, "node")
-    columns = check.select(statement["node"], {})
-    text = json.dumps(tree)
-    found = connection.execute("SELECT json_deserialize_sql(CAST(? AS JSON))", [text]).fetchone()
-    return columns, str(found[0]) if found else ""
+    columns: frozenset[str] | None
+    private: bool
+    nullable: bool = False
 
 
 @dataclass
-class _Scope:
-    """What the names of one SELECT mean. ``keys``: the parts whose patient column is the row's patient."""
+class Scope:
+    """The relations of one FROM by their names in lower case; ``merged``: USING has joined the patient."""
 
-    parts: set[str]
-    keys: set[str]
-    public: set[str]
-    grouped: bool = False
+    relations: dict[str, Relation] = field(default_factory=dict)
+    merged: bool = False
 
 
-class _Check:
-    """Walks a syntax tree; makes casts and the order inside aggregates safe in place."""
+def check_query(
+    sql: str,
+    patient: str,
+    public: Mapping[str, Sequence[str]],
+    private: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[tuple[str, ...], str]:
+    """Check a study's query; the names of the columns that it makes, and the query as it is to be run.
 
-    def __init__(self, patient: str, tables: frozenset[str] | None, public: frozenset[str]) -> None:
-        self._patient, self._tables, self._public, self._depth = patient, tables, public, 0
+    ``public`` tables and their columns; ``private`` those of the hospital, None where they are not known:
+    then every other table is one, with the patient column and any further ones.
 
-    @contextmanager
-    def _deeper(self) -> Iterator[None]:
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            raise _refusal(f"more than {MAX_DEPTH} things inside each other", "Write it in a simpler way.")
-        yield
-        self._depth -= 1
+    Guarantee: queries_are_separable - without a patient's rows the result is the same, without theirs.
+    Guarantee: no_value_fails_a_query - what cannot be computed is NULL.
+    Raises: UsageError with the reason.
+    """
+    root = _parsed(sql)
+    try:
+        node = root["statements"][0]["node"]
+        columns, relation = _Checker(_fold(patient), public, private).select(node, {}, 0)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UsageError(CODE, "contract.query: it has a form that is not known", remedy=REMEDY) from error
+    if not relation.private:
+        _refuse("it must read a table of the hospital")
+    with duckdb.connect(":memory:") as connection:
+        found = connection.execute("SELECT json_deserialize_sql(?::JSON)", [json.dumps(root)]).fetchone()
+    return columns, str((found or ("",))[0])
 
-    def select(self, node: Node, outer: Mapping[str, bool]) -> tuple[str, ...]:
-        """The columns of one SELECT; ``outer``: the parts that WITH has named."""
-        if node["type"] != "SELECT_NODE":
-            raise _unknown(node["type"])
-        for modifier in node["modifiers"]:
-            raise _unknown(modifier["type"])
-        if node["sample"]:
-            raise _refusal("a sample of rows is not allowed", "Leave it out.")
-        _only(
-            node, "cte_map", "select_list", "from_table", "where_clause", "group_expressions", "group_sets",
-            "aggregate_handling", "having", "qualify",
-        )  # fmt: skip
-        with self._deeper():
-            named = dict(outer)
-            for entry in node["cte_map"]["map"]:
-                name, held = folded(entry["key"]), entry["value"]
-                if name in named or name in self._public or name in (self._tables or {"extract"}):
-                    raise _refusal(f"WITH gives the name {name!r} twice", "Choose another name.")
-                _only(held, "query_node", "materialized")
-                self.select(held["query_node"], named)
-                named[name] = True
-            scope = self._from(node["from_table"], named)
-            self._group(node, scope)
-            for place in ("where_clause", "having", "qualify"):
-                if node[place]:
-                    # Neither WHERE nor, without groups, QUALIFY is about more than one row or partition.
-                    inner = (
-                        scope if place != "where_clause" else _Scope(scope.parts, scope.keys, scope.public)
-                    )
-                    self._expression(node[place], inner)
-            return self._columns(node["select_list"], scope)
 
-    def _group(self, node: Node, scope: _Scope) -> None:
-        expressions = node["group_expressions"]
+def _parsed(sql: str) -> Node:
+    """DuckDB's syntax tree of the one statement in ``sql``."""
+    with duckdb.connect(":memory:") as connection:
+        try:
+            query = "SELECT json_serialize_sql(?::VARCHAR, skip_null := true, skip_empty := true)"
+            found = connection.execute(query, [sql]).fetchone()
+            root = json.loads(str((found or ("{}",))[0]))
+        except (duckdb.Error, ValueError, RecursionError):
+            root = {"error": True}
+    if root.get("error") or len(root.get("statements", [])) != 1:
+        _refuse("it must be exactly one SELECT that DuckDB can read")
+    if set(root["statements"][0]) != {"node"}:
+        _refuse("it must be a plain SELECT")
+    if not _is_small(root):
+        _refuse("it is too large, or too deep inside one another")
+    found_root: Node = root
+    return found_root
+
+
+def _is_small(root: Node) -> bool:
+    left: list[tuple[Any, int]] = [(root, 0)]
+    nodes = 0
+    while left:
+        node, depth = left.pop()
+        nodes += 1
+        if nodes > MAX_NODES or depth > 4 * MAX_DEPTH:
+            return False
+        inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        left += [(child, depth + 1) for child in inner if isinstance(child, dict | list)]
+    return True
+
+
+@dataclass
+class _Checker:
+    patient: str
+    public: Mapping[str, Sequence[str]]
+    private: Mapping[str, Sequence[str]] | None
+
+    # -- SELECT --------------------------------------------------------------------------------------------
+
+    def select(self, node: Node, ctes: dict[str, Relation], depth: int) -> tuple[tuple[str, ...], Relation]:
+        """The columns that a SELECT makes, and what it is; its expressions are put inside TRY."""
+        if depth > MAX_DEPTH:
+            _refuse("its subqueries are too deep inside one another")
+        if node.get("type") != "SELECT_NODE":
+            _refuse("UNION, INTERSECT, EXCEPT, VALUES and recursion are not allowed")
+        for modifier in node.get("modifiers", []):
+            kind = str(modifier.get("type", "")).removesuffix("_MODIFIER")
+            _refuse(f"{kind} is not allowed: rows have no order, and none is left out")
+        for clause, name in (("qualify", "QUALIFY"), ("having", "HAVING"), ("sample", "SAMPLE")):
+            if clause in node:
+                _refuse(f"{name} is not allowed; filter in the WHERE of an outer SELECT")
+        _only(node, _SELECT, "SELECT")
         if node["aggregate_handling"] != "STANDARD_HANDLING":
-            raise _refusal("GROUP BY ALL is not allowed", f"Group by {self._patient!r} and name the others.")
-        if not expressions:
-            if node["having"] or node["group_sets"]:
-                raise _refusal("HAVING needs GROUP BY", f"Group by {self._patient!r}.")
+            _refuse("GROUP BY ALL is not allowed: name the columns")
+        ctes = dict(ctes)
+        for cte in node.get("cte_map", {}).get("map", []):
+            _only(cte, {"key", "value"}, "WITH")
+            _only(cte["value"], {"materialized", "query_node"}, "WITH")
+            ctes[_fold(cte["key"])] = self.select(cte["value"]["query_node"], ctes, depth + 1)[1]
+        scope = Scope()
+        self.table(node.get("from_table", {}), scope, ctes, depth)
+        if "where_clause" in node:
+            node["where_clause"] = self.scalar(node["where_clause"], scope)
+        private = any(relation.private for relation in scope.relations.values())
+        grouped = self.groups(node, scope, private)
+        columns: list[str] = []
+        for place, item in enumerate(node["select_list"]):
+            columns.append(_name(item))
+            is_patient = self.is_patient(item, scope)
+            if private and _fold(columns[-1]) == self.patient and not is_patient:
+                _refuse(f"only the patient column may be called {self.patient!r}")
+            if not is_patient:
+                made = self.item(item, scope, grouped, private)
+                made["alias"] = columns[-1]
+                node["select_list"][place] = made
+        names = [_fold(name) for name in columns]
+        if len(set(names)) != len(names):
+            _refuse("two of its columns have one name")
+        if private and self.patient not in names:
+            _refuse(f"every SELECT from a table of patients must hand on the column {self.patient!r}")
+        if not private and self.patient in names:
+            _refuse(f"a public table must have no column {self.patient!r}")
+        return tuple(columns), Relation(frozenset(names), private)
+
+    def groups(self, node: Node, scope: Scope, private: bool) -> bool:
+        """Check GROUP BY; whether there is one."""
+        groups = node.get("group_expressions", [])
+        sets = node.get("group_sets", [])
+        if sets not in ([], [list(range(len(groups)))]):
+            _refuse("GROUPING SETS, ROLLUP and CUBE are not allowed")
+        for group in groups:
+            if group.get("class") != "COLUMN_REF":
+                _refuse("GROUP BY takes columns by their names; compute others in an inner SELECT")
+            self.column(group, scope)
+        if groups and private and not any(self.is_patient(group, scope) for group in groups):
+            _refuse(f"GROUP BY must contain the patient column {self.patient!r}")
+        return bool(groups)
+
+    def table(self, node: Node, scope: Scope, ctes: dict[str, Relation], depth: int) -> None:
+        """Add what a FROM names to its scope."""
+        kind = node.get("type")
+        if kind == "JOIN":
+            self.join(node, scope, ctes, depth)
             return
-        if node["group_sets"] != [list(range(len(expressions)))]:
-            raise _refusal("GROUPING SETS, ROLLUP and CUBE are not allowed", "Use one plain GROUP BY.")
-        for expression in expressions:
-            self._expression(expression, scope)
-        if not any(self._is_key(expression, scope) for expression in expressions):
-            raise _refusal("GROUP BY must contain the patient column", f"Group by {self._patient!r} too.")
-        scope.grouped = True
+        if "sample" in node or "column_name_alias" in node:
+            _refuse("SAMPLE and new names for a table's columns are not allowed")
+        if kind == "SUBQUERY":
+            _only(node, {"type", "alias", "subquery"}, "FROM")
+            _only(node["subquery"], {"node"}, "FROM")
+            name, relation = node.get("alias", ""), self.select(node["subquery"]["node"], ctes, depth + 1)[1]
+        elif kind == "BASE_TABLE":
+            if node["qualified_name"] != {"path": [node["table_name"]]}:
+                _refuse("a table is named by one name, without a schema")
+            _only(node, {"type", "alias", "table_name", "qualified_name"}, "FROM")
+            name = node.get("alias", node["table_name"])
+            relation = self.named(node["table_name"], ctes)
+        else:
+            _refuse("FROM takes tables and subqueries; functions, VALUES and PIVOT are not allowed")
+        if not name or _fold(name) in scope.relations:
+            _refuse("each table in a FROM needs a name of its own")
+        scope.relations[_fold(name)] = relation
 
-    def _columns(self, items: list[Node], scope: _Scope) -> tuple[str, ...]:
-        names: list[str] = []
-        for item in items:
-            self._expression(item, scope)
-            name = item["alias"] or (item["column_names"][-1] if item["class"] == "COLUMN_REF" else "")
-            if not name:
-                raise _refusal("a column of the result has no name", "Name it with AS.")
-            if (folded(name) == self._patient) != self._is_key(item, scope):
-                problem = f"only the patient column itself may be called {self._patient!r}, and must be"
-                raise _refusal(problem, "Select it once, by that name.")
-            if folded(name) in map(folded, names):
-                raise _refusal(f"two columns of the result are called {name!r}", "Rename one.")
-            names.append(name)
-        if self._patient not in map(folded, names):
-            problem = f"a SELECT without the patient column {self._patient!r}"
-            raise _refusal(problem, "Select it in each SELECT.")
-        return tuple(names)
+    def named(self, name: str, ctes: dict[str, Relation]) -> Relation:
+        """The table of a name."""
+        key = _fold(name)
+        if key in ctes:
+            return ctes[key]
+        if key in self.public:
+            columns = frozenset(map(_fold, self.public[key]))
+            if self.patient in columns:
+                _refuse(f"a public table must have no column {self.patient!r}")
+            return Relation(columns, private=False)
+        if self.private is None:
+            return Relation(None, private=True)
+        if key not in self.private:
+            _refuse(f"this hospital offers no table {name!r}")
+        return Relation(frozenset(map(_fold, self.private[key])), private=True)
 
-    def _from(self, node: Node, named: Mapping[str, bool]) -> _Scope:
-        """The parts of a FROM; the first is always one of patients."""
-        if node.get("sample"):
-            raise _refusal("a sample of rows is not allowed", "Leave it out.")
-        with self._deeper():
-            if node["type"] == "BASE_TABLE":
-                return self._table(node, named)
-            if node["type"] == "SUBQUERY":
-                _only(node, "subquery")
-                _only(node["subquery"], "node")
-                if not node["alias"]:
-                    raise _refusal("a subquery has no name", "Name it with AS.")
-                self.select(node["subquery"]["node"], named)
-                return _Scope({folded(node["alias"])}, {folded(node["alias"])}, set())
-            if node["type"] == "JOIN":
-                return self._join(node, named)
-            raise _unknown(node["type"])
+    def join(self, node: Node, scope: Scope, ctes: dict[str, Relation], depth: int) -> None:
+        """Check a join: private tables on the patient, public ones on anything."""
+        _only(node, _JOIN, "JOIN")
+        plain = node["ref_type"] in ("REGULAR", "CROSS") and node["join_type"] in ("INNER", "LEFT")
+        if not plain:
+            _refuse("joins are INNER or LEFT; NATURAL, ASOF, POSITIONAL, SEMI, RIGHT, FULL are not allowed")
+        left, right = Scope(), Scope()
+        self.table(node["left"], left, ctes, depth)
+        self.table(node["right"], right, ctes, depth)
+        if left.relations.keys() & right.relations.keys():
+            _refuse("each table in a FROM needs a name of its own")
+        private = [any(relation.private for relation in side.relations.values()) for side in (left, right)]
+        if private == [False, True] and node["join_type"] == "LEFT":
+            _refuse("a public table may not be the left side of a LEFT JOIN with patients")
+        outer = node["join_type"] == "LEFT"
+        scope.relations |= left.relations
+        scope.relations |= {
+            name: Relation(relation.columns, relation.private, relation.nullable or outer)
+            for name, relation in right.relations.items()
+        }
+        using = [_fold(name) for name in node.get("using_columns", [])]
+        on_patient = self.patient in using
+        inner = Scope(left.relations | right.relations)
+        conjuncts = list(_conjuncts(node["condition"])) if "condition" in node else []
+        for at, conjunct in enumerate(conjuncts):
+            if self.equates(conjunct, left, right):
+                on_patient = True
+            else:
+                conjuncts[at] = self.scalar(conjunct, inner)
+        if conjuncts:
+            both = {"class": "CONJUNCTION", "type": "CONJUNCTION_AND", "children": conjuncts}
+            node["condition"] = both if len(conjuncts) > 1 else conjuncts[0]
+        if using and using != [self.patient]:
+            _refuse("USING takes the patient column alone; join on others with ON")
+        if all(private) and not on_patient:
+            _refuse(f"tables of patients must be joined on the patient column {self.patient!r}")
+        if using and not all(private):
+            _refuse("USING joins two tables of patients")
+        scope.merged = bool(using) or left.merged
 
-    def _table(self, node: Node, named: Mapping[str, bool]) -> _Scope:
-        _only(node, "table_name", "qualified_name")
-        name = folded(node["table_name"])
-        if node["qualified_name"] != {"path": [node["table_name"]]}:
-            raise _refusal("a table of a schema or database", "Name the table alone.")
-        alias = folded(node["alias"]) or name
-        if name in self._public and name not in named:
-            return _Scope({alias}, set(), {alias})
-        plain = name.replace("_", "a").isalnum() and name.isascii()
-        if name not in named and not (plain if self._tables is None else name in self._tables):
-            raise _refusal(f"there is no table {name!r}", "Use extract or one of the further tables.")
-        return _Scope({alias}, {alias}, set())
-
-    def _join(self, node: Node, named: Mapping[str, bool]) -> _Scope:
-        _only(
-            node, "left", "right", "condition", "join_type", "ref_type", "using_columns", "is_implicit",
-            "nearest_count", "nearest_order_type",
-        )  # fmt: skip
-        left, right = self._from(node["left"], named), self._from(node["right"], named)
-        kind, form = node["join_type"], node["ref_type"]
-        if form not in ("REGULAR", "CROSS") or kind not in ("INNER", "LEFT", "SEMI", "ANTI"):
-            problem = f"{form if form != 'REGULAR' else kind} joins are not allowed"
-            raise _refusal(problem, "Use JOIN or LEFT JOIN on the patient column.")
-        if left.parts & right.parts:
-            raise _refusal("two parts of FROM have the same name", "Name each with AS.")
-        if not left.keys:
-            raise _refusal("FROM must begin with a table of patients", "Put the public table second.")
-        both = _Scope(left.parts | right.parts, left.keys | right.keys, left.public | right.public)
-        using = [folded(name) for name in node["using_columns"]]
-        terms = _conjunction(node["condition"]) if node["condition"] else []
-        for term in terms:
-            self._expression(term, both)
-        if right.keys and self._patient not in using:
-            if not any(self._same_patient(term, left, right) for term in terms):
-                problem = "a join of two tables of patients must be on the patient column"
-                raise _refusal(problem, f"Join USING ({self._patient}).")
-        if self._patient in using and not right.keys:
-            raise _refusal("a public table has no patients", "Join it on its own columns.")
-        if kind != "INNER":
-            # Where there was no match the other side's patient is NULL, which would bring patients together.
-            both.keys = left.keys
-        return both
-
-    def _same_patient(self, term: Node, left: _Scope, right: _Scope) -> bool:
-        if term["type"] != "COMPARE_EQUAL":
+    def equates(self, node: Node, left: Scope, right: Scope) -> bool:
+        """Whether a condition says that the patients of both sides are the same."""
+        if node.get("type") != "COMPARE_EQUAL":
             return False
-        one, two = term["left"], term["right"]
+        first, second = node.get("left", {}), node.get("right", {})
         return any(
-            self._is_key(a, left, qualified=True) and self._is_key(b, right, qualified=True)
-            for a, b in ((one, two), (two, one))
+            self.is_patient(a, left, qualified=True) and self.is_patient(b, right, qualified=True)
+            for a, b in ((first, second), (second, first))
         )
 
-    def _is_key(self, node: Node, scope: _Scope, *, qualified: bool = False) -> bool:
-        if node["class"] != "COLUMN_REF":
+    # -- expressions -----------------------------------------------------------------------------------------
+
+    def is_patient(self, node: Node, scope: Scope, *, qualified: bool = False) -> bool:
+        """Whether an expression is the patient column of every row of a scope."""
+        if node.get("class") != "COLUMN_REF" or _fold(node["column_names"][-1]) != self.patient:
             return False
-        names = [folded(name) for name in node["column_names"]]
-        # Alone it is that of the first part: DuckDB refuses it where it could mean another one.
-        return (names == [self._patient] and not qualified) or (
-            len(names) == 2 and names[0] in scope.keys and names[1] == self._patient
-        )
+        if _fold(node.get("alias", self.patient)) != self.patient:
+            return False
+        if len(node["column_names"]) == 2 and _fold(node["column_names"][0]) not in scope.relations:
+            return False
+        self.column(node, scope)
+        if len(node["column_names"]) == 2:
+            relation = scope.relations[_fold(node["column_names"][0])]
+            return relation.private and not relation.nullable
+        if qualified:
+            return False
+        held = [relation for relation in scope.relations.values() if relation.private]
+        # Without a table's name it is the one of a USING, the left side's, or else the only one.
+        return scope.merged or (len(held) == 1 and not held[0].nullable)
 
-    def _expression(self, node: Node, scope: _Scope) -> None:
-        with self._deeper():
-            found = _VISITS.get(node["class"])
-            if found is None:
-                raise _unknown(node["class"])
-            found(self, node, scope)
+    def column(self, node: Node, scope: Scope) -> None:
+        """Check that a name is that of a column in scope."""
+        _only(node, {"class", "type", "alias", "column_names"}, "a column")
+        names = [_fold(name) for name in node["column_names"]]
+        if len(names) > 2 or (len(names) == 2 and names[0] not in scope.relations):
+            _refuse(f"{'.'.join(node['column_names'])!r} is not a column of a table in FROM")
+        if names[-1] in _NO_COLUMN:
+            _refuse(f"{node['column_names'][-1]!r} is not allowed: it is a place, a time or a person")
+        among = [scope.relations[names[0]]] if len(names) == 2 else list(scope.relations.values())
+        if all(relation.columns is not None and names[-1] not in relation.columns for relation in among):
+            _refuse(f"there is no column {'.'.join(node['column_names'])!r}")
 
-    def _all(self, nodes: list[Node], scope: _Scope) -> None:
+    def item(self, node: Node, scope: Scope, grouped: bool, private: bool) -> Node:
+        """Check an item of a SELECT list; it, inside TRY."""
+        inner = node
+        while inner.get("type") == "STRUCT_EXTRACT":
+            _only(inner, {"class", "type", "alias", "children"}, "a field of a struct")
+            inner = inner["children"][0]
+        name = str(inner.get("function_name", ""))
+        if inner.get("class") == "WINDOW":
+            self.window(inner, scope, private)
+            return node
+        if inner.get("class") == "FUNCTION" and name in AGGREGATES:
+            if private and not grouped:
+                _refuse(f"an aggregate needs GROUP BY with the patient column {self.patient!r}")
+            self.aggregate(inner, scope)
+            return node
+        if grouped and node.get("class") != "COLUMN_REF":
+            _refuse("with GROUP BY a SELECT takes grouped columns and aggregates; compute in an outer SELECT")
+        return self.scalar(node, scope)
+
+    def scalar(self, node: Node, scope: Scope) -> Node:
+        """Check an expression without aggregates; it, inside TRY."""
+        self.expression(node, scope)
+        if node["class"] in ("COLUMN_REF", "CONSTANT") or node["type"] == "OPERATOR_TRY":
+            return node
+        return {"class": "OPERATOR", "type": "OPERATOR_TRY", "children": [node]}
+
+    def expression(self, node: Node, scope: Scope) -> None:
+        """Check an expression and all that is in it."""
+        kind, type_ = node.get("class"), node.get("type")
+        if kind == "COLUMN_REF":
+            self.column(node, scope)
+        elif kind == "CONSTANT" and type_ == "VALUE_CONSTANT":
+            _only(node, {"class", "type", "alias", "literal"}, "a constant")
+        elif kind == "COMPARISON" and type_ in _COMPARISONS:
+            _only(node, {"class", "type", "alias", "left", "right"}, "a comparison")
+            self.all([node["left"], node["right"]], scope)
+        elif kind == "CONJUNCTION":
+            _only(node, {"class", "type", "alias", "children"}, "AND, OR")
+            self.all(node["children"], scope)
+        elif kind == "BETWEEN":
+            _only(node, {"class", "type", "alias", "input", "lower", "upper"}, "BETWEEN")
+            self.all([node["input"], node["lower"], node["upper"]], scope)
+        elif kind == "CASE":
+            _only(node, {"class", "type", "alias", "case_checks", "else_expr"}, "CASE")
+            for check in node["case_checks"]:
+                _only(check, {"when_expr", "then_expr"}, "CASE")
+                self.all(list(check.values()), scope)
+            self.all([node["else_expr"]] if "else_expr" in node else [], scope)
+        elif kind == "CAST":
+            _only(node, {"class", "type", "alias", "child", "try_cast", "type_expr"}, "CAST")
+            _type(node["type_expr"])
+            self.all([node["child"]], scope)
+        elif kind == "OPERATOR" and type_ in _OPERATORS:
+            _only(node, {"class", "type", "alias", "children"}, "an operator")
+            self.all(node["children"], scope)
+        elif kind == "FUNCTION":
+            self.function(node, scope)
+        else:
+            names = {
+                "SUBQUERY": "a subquery in an expression",
+                "STAR": "*",
+                "LAMBDA": "a lambda",
+                "WINDOW": "a window",
+            }
+            _refuse(f"{names.get(str(kind), str(kind))} is not allowed there")
+
+    def all(self, nodes: list[Node], scope: Scope) -> None:
+        """Check each of these expressions."""
         for node in nodes:
-            self._expression(node, scope)
+            self.expression(node, scope)
 
-    def _column(self, node: Node, scope: _Scope) -> None:
-        _only(node, "column_names")
-        names = [folded(name) for name in node["column_names"]]
-        if len(names) > 2 or (len(names) == 2 and names[0] not in scope.parts):
-            problem = f"{'.'.join(names)!r} is not a column of this SELECT's own tables"
-            raise _refusal(
-                problem, "Write column or table.column; a field as struct_extract(column, 'field')."
-            )
-        if names[-1] in _HIDDEN or names[0] in scope.parts and len(names) == 1:
-            raise _refusal(f"{names[-1]!r} cannot be read", "Name a column.")
+    def function(self, node: Node, scope: Scope) -> None:
+        """Check a call of a scalar function."""
+        name = _function_name(node, _FUNCTION)
+        if name in AGGREGATES:
+            _refuse(f"{name} must stand alone in the SELECT list; compute with it in an outer SELECT")
+        if name not in SCALARS:
+            _refuse(f"the function {name!r} is not among those allowed")
+        if node["distinct"] or "filter" in node or node["order_bys"].get("orders"):
+            _refuse(f"{name} takes no DISTINCT, FILTER or ORDER BY")
+        self.all(_arguments(node), scope)
+        # A pattern from the data could be malformed, or grow beyond bounds.
+        if name.startswith("regexp_") and any(a.get("class") != "CONSTANT" for a in _arguments(node)[1:]):
+            _refuse(f"the pattern of {name} must be a constant")
 
-    def _constant(self, node: Node, scope: _Scope) -> None:
-        _only(node, "literal", "value")
+    def aggregate(self, node: Node, scope: Scope) -> None:
+        """Check an aggregate of a group; what it takes is put inside TRY."""
+        name = _function_name(node, _FUNCTION)
+        if node["distinct"] or node["export_state"]:
+            _refuse("DISTINCT is not allowed; group in an inner SELECT")
+        self.exact(name, _arguments(node))
+        orders = [order["expression"] for order in node["order_bys"].get("orders", [])]
+        if (name == "list") != bool(orders) or (orders and _bare(orders[0]) != _bare(_arguments(node)[0])):
+            _refuse("list takes ORDER BY the same expression that it lists, others take none")
+        for order in node["order_bys"].get("orders", []):
+            order["expression"] = self.scalar(order["expression"], scope)
+        for argument in node.get("arguments", []):
+            argument["expression"] = self.scalar(argument["expression"], scope)
+        if "filter" in node:
+            node["filter"] = self.scalar(node["filter"], scope)
 
-    def _operator(self, node: Node, scope: _Scope) -> None:
-        _only(node, "children")
-        if node["type"] not in _OPERATORS:
-            raise _unknown(node["type"])
-        self._all(node["children"], scope)
+    def window(self, node: Node, scope: Scope, private: bool) -> None:
+        """Check a window function; what it takes is put inside TRY."""
+        name = _function_name(node, _WINDOW)
+        if name not in WINDOWS:
+            _refuse(f"{name} is not allowed over a window: which of equal rows comes first is by chance")
+        if private and not any(self.is_patient(part, scope) for part in node.get("partitions", [])):
+            _refuse(f"PARTITION BY must contain the patient column {self.patient!r}")
+        whole = node["end"] in ("CURRENT_ROW_RANGE", "UNBOUNDED_FOLLOWING")
+        framed = "start_expr" in node or "end_expr" in node or node["start"] != "UNBOUNDED_PRECEDING"
+        if framed or not whole or node["exclude_clause"] != "NO_OTHER":
+            _refuse("a window has no frame of its own")
+        if node["ignore_nulls"] or node["distinct"]:
+            _refuse("a window function takes no DISTINCT and no IGNORE NULLS")
+        self.exact(name, _arguments(node))
+        for part in [*node.get("partitions", []), *(order["expression"] for order in node.get("orders", []))]:
+            if part.get("class") != "COLUMN_REF":
+                _refuse(
+                    "PARTITION BY and ORDER BY take columns by their names; compute others in an inner SELECT"
+                )
+            self.column(part, scope)
+        for argument in node.get("arguments", []):
+            argument["expression"] = self.scalar(argument["expression"], scope)
 
-    def _comparison(self, node: Node, scope: _Scope) -> None:
-        _only(node, "left", "right")
-        self._all([node["left"], node["right"]], scope)
-
-    def _conjoined(self, node: Node, scope: _Scope) -> None:
-        _only(node, "children")
-        self._all(node["children"], scope)
-
-    def _between(self, node: Node, scope: _Scope) -> None:
-        _only(node, "input", "lower", "upper")
-        self._all([node["input"], node["lower"], node["upper"]], scope)
-
-    def _case(self, node: Node, scope: _Scope) -> None:
-        _only(node, "case_checks", "else_expr")
-        for check in node["case_checks"]:
-            _only(check, "when_expr", "then_expr")
-            self._all([check["when_expr"], check["then_expr"]], scope)
-        self._expression(node["else_expr"], scope)
-
-    def _cast(self, node: Node, scope: _Scope) -> None:
-        _only(node, "child", "try_cast", "type_expr")
-        kind = node["type_expr"]
-        _only(kind, "type_name", "children", "qualified_name")
-        name = str(kind["type_name"]).upper()
-        if name not in _TYPES or kind["qualified_name"] != {"path": [kind["type_name"]]}:
-            raise _refusal(f"the type {name} is not allowed", f"Use one of {', '.join(sorted(_TYPES))}.")
-        for child in kind["children"]:
-            if child["class"] != "CONSTANT":
-                raise _unknown(child["class"])
-            self._constant(child, scope)
-        node["try_cast"] = True
-        self._expression(node["child"], scope)
-
-    def _function(self, node: Node, scope: _Scope) -> None:
-        _only(
-            node, "function_name", "arguments", "filter", "order_bys", "distinct", "is_operator",
-            "qualified_name",
-        )  # fmt: skip
-        name = _function_name(node)
-        arguments = _arguments(node, named=name == "struct_pack")
-        self._all(arguments, scope)
-        if name in _SCALARS:
-            if node["filter"] or node["distinct"] or node["order_bys"]["orders"]:
-                raise _refusal(f"{name} is not an aggregate", "Leave out FILTER, DISTINCT and ORDER BY.")
-            return
-        if name not in _ROW_AGGREGATES | _ORDERED_AGGREGATES:
-            raise _no_function(name)
-        if not scope.grouped:
-            raise _refusal(f"{name} over more than one patient", f"Group by {self._patient!r}.")
-        orders = node["order_bys"]["orders"]
-        for order in orders:
-            _only(order, "expression", "null_order")
-            self._expression(order["expression"], scope)
-        if node["filter"]:
-            self._expression(node["filter"], scope)
-        if name in ("first", "last") and not orders:
-            raise _refusal(f"{name} without an order", f"Write {name}(column ORDER BY another).")
-        if name in _ORDERED_AGGREGATES:
-            held = [_bare(order["expression"]) for order in orders]
-            for argument in arguments:
-                if argument["class"] != "CONSTANT" and _bare(argument) not in held:
-                    order = {"type": "ORDER_DEFAULT", "null_order": "ORDER_DEFAULT", "expression": argument}
-                    orders.append(order)
-
-    def _window(self, node: Node, scope: _Scope) -> None:
-        _only(
-            node, "function_name", "partitions", "orders", "start", "end", "start_expr", "end_expr",
-            "filter_expr", "exclude_clause", "distinct", "qualified_name", "arguments",
-        )  # fmt: skip
-        name = _function_name(node)
-        allowed = node["type"] in _RANKS or (
-            node["type"] == "WINDOW_AGGREGATE" and name in _WINDOW_AGGREGATES
-        )
-        if not allowed:
-            raise _no_function(name, " OVER a window")
-        if not {node["start"], node["end"]} <= _BOUNDS or node["exclude_clause"] != "NO_OTHER":
-            raise _refusal("a window by numbers of rows is not allowed", "Use RANGE, without EXCLUDE.")
-        if not any(self._is_key(expression, scope) for expression in node["partitions"]):
-            raise _refusal("PARTITION BY must contain the patient column", f"Add {self._patient!r}.")
-        self._all(node["partitions"], scope)
-        self._all(_arguments(node), scope)
-        for order in node["orders"]:
-            _only(order, "expression", "null_order")
-            self._expression(order["expression"], scope)
-        self._all([node[at] for at in ("start_expr", "end_expr", "filter_expr") if node[at]], scope)
+    def exact(self, name: str, arguments: list[Node]) -> None:
+        """Check that a sum does not depend on the order of what it adds."""
+        if len(arguments) > 1:
+            _refuse(f"{name} takes one argument")
+        if name in ("sum", "avg"):
+            added = arguments[0] if arguments else {}
+            while added.get("type") == "OPERATOR_TRY":
+                added = added["children"][0]
+            to = added.get("type_expr", {})
+            if _type(to) not in _EXACT:
+                problem = (
+                    "must be a CAST to a whole number or DECIMAL: floating sums depend on the order of rows"
+                )
+                _refuse(f"what {name} adds {problem}")
 
 
-_VISITS: Final = {
-    "COLUMN_REF": _Check._column, "CONSTANT": _Check._constant, "OPERATOR": _Check._operator,
-    "COMPARISON": _Check._comparison, "CONJUNCTION": _Check._conjoined, "BETWEEN": _Check._between,
-    "CASE": _Check._case, "CAST": _Check._cast, "FUNCTION": _Check._function, "WINDOW": _Check._window,
-}  # fmt: skip
-
-
-def _only(node: Node, *known: str) -> None:
-    """Refuse a node with anything said in a field that is not looked at."""
-    for name, value in node.items():
-        if name not in known and name not in _PLACE and value not in _DEFAULTS:
-            raise _refusal(f"{name.replace('_', ' ')} is not allowed", "Leave it out.")
-
-
-def _function_name(node: Node) -> str:
-    name = str(node["function_name"]).lower()
-    if node["qualified_name"] != {"path": [node["function_name"]]}:
-        raise _refusal(f"{name}: a function of a schema", "Name the function alone.")
+def _type(node: Node) -> str:
+    """The name of a type that may be cast to."""
+    name = str(node.get("type_name", "")).upper()
+    known = node.get("qualified_name") == {"path": [node.get("type_name")]}
+    if not node:
+        return ""
+    _only(node, {"class", "type", "type_name", "qualified_name", "children"}, "a type")
+    if name not in _TYPES or not known:
+        _refuse(f"the type {name!r} is not among those allowed")
+    sizes = [child.get("literal", {}).get("text", "") for child in node.get("children", [])]
+    # Sums of more digits could overflow, which is a failure that depends on values.
+    if sizes and not (name in ("DECIMAL", "NUMERIC") and sizes[0].isdigit() and int(sizes[0]) <= 18):
+        _refuse("only DECIMAL takes sizes, and at most 18 digits")
     return name
 
 
-def _arguments(node: Node, *, named: bool = False) -> list[Node]:
-    for argument in node["arguments"]:
-        _only(argument, "expression", *(["name"] if named else []))
-    return [argument["expression"] for argument in node["arguments"]]
+def _function_name(node: Node, fields: frozenset[str]) -> str:
+    _only(node, fields, "a function")
+    if node["qualified_name"] != {"path": [node["function_name"]]}:
+        _refuse("a function is named by one name, without a schema")
+    return str(node["function_name"])
 
 
-def _conjunction(node: Node) -> list[Node]:
-    if node["type"] != "CONJUNCTION_AND":
-        return [node]
-    return [term for child in node["children"] for term in _conjunction(child)]
+def _arguments(node: Node) -> list[Node]:
+    for argument in node.get("arguments", []):
+        _only(argument, {"name", "expression"}, "an argument")
+    return [argument["expression"] for argument in node.get("arguments", [])]
 
 
-def _bare(value: Any) -> Any:
-    """A node without places in the text."""
-    if isinstance(value, dict):
-        return {name: _bare(held) for name, held in value.items() if not name.startswith("query_location")}
-    return [_bare(held) for held in value] if isinstance(value, list) else value
+def _fold(name: str) -> str:
+    """A name as DuckDB compares it: ASCII letters without case."""
+    return "".join(c.lower() if c.isascii() else c for c in name)
 
 
-def _no_function(name: str, where: str = "") -> UsageError:
-    if name in _ORDERLESS:
-        remedy = "Use last(column ORDER BY another) in a group, or rank(), which keeps ties."
-        return _refusal(f"{name} depends on an order that equal rows do not have", remedy)
-    return _refusal(f"the function {name}{where} is not allowed", "Use another one.")
+def _conjuncts(node: Node) -> Iterator[Node]:
+    """What AND joins."""
+    if node.get("type") == "CONJUNCTION_AND":
+        for child in node["children"]:
+            yield from _conjuncts(child)
+    else:
+        yield node
 
 
-def _unknown(kind: str) -> UsageError:
-    what, remedy = _REASONS.get(kind, (kind.replace("_", " ").lower(), "Leave it out."))
-    return _refusal(f"{what} cannot be kept to one patient's rows", remedy)
+def _name(node: Node) -> str:
+    """The name of a column that a SELECT makes."""
+    if "alias" in node:
+        return str(node["alias"])
+    if node.get("class") == "COLUMN_REF":
+        return str(node["column_names"][-1])
+    if node.get("class") == "STAR":
+        _refuse("* is not allowed: name the columns")
+    return _refuse("each column that is computed needs a name: write AS")
 
 
-def _refusal(problem: str, remedy: str) -> UsageError:
-    return UsageError("study.contract.query", f"contract.query: {problem}", remedy=remedy)
+def _bare(node: Any) -> Any:
+    """A tree without places and names, to compare two of them."""
+    if isinstance(node, dict):
+        return {key: _bare(value) for key, value in node.items() if key not in _INERT and key != "alias"}
+    return [_bare(value) for value in node] if isinstance(node, list) else node
+
+
+def _only(node: Node, fields: frozenset[str] | set[str], what: str) -> None:
+    unknown = node.keys() - fields - _INERT
+    if unknown:
+        _refuse(f"{what} with {min(unknown)} is not allowed")
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise UsageError(CODE, f"contract.query: {reason}", remedy=REMEDY, path="contract.query")

@@ -14,6 +14,7 @@ import duckdb
 
 from common.errors import ContractError, FailureError
 
+QUERY_MEMORY_MIB: Final = 4096
 GLOB: Final = frozenset("*?[]{}")
 _LINE: Final = re.compile(r"(?:CSV Error on Line: |in line )([0-9]+)")
 
@@ -32,8 +33,14 @@ def connect(files: Sequence[Path] = (), folders: Sequence[Path] = ()) -> duckdb.
     return connection
 
 
-def lock(connection: duckdb.DuckDBPyConnection, *, copied: bool) -> None:
-    """No setting changes any more; where the rows were ``copied``, no file is reached any more either."""
+def lock(connection: duckdb.DuckDBPyConnection, *, copied: bool, limited: bool = False) -> None:
+    """No setting changes any more; where the rows were ``copied``, no file is reached any more either.
+
+    ``limited`` for what a study wrote: memory has a bound of its own.
+    """
+    if limited:
+        # One thread: what a patient's rows are does not follow from how others' were shared out.
+        connection.execute(f"SET memory_limit = '{QUERY_MEMORY_MIB}MiB'; SET threads = 1")
     if copied:
         connection.execute("SET disabled_filesystems = 'LocalFileSystem'")
     connection.execute("SET lock_configuration = true")

@@ -38,7 +38,7 @@ _NO_ID: Final = ", ".join(quoted(text) for text in sorted(NO_ID))
 
 @dataclass(frozen=True)
 class Extract:
-    """The table ``extract`` of a source in ``connection``.
+    """The table ``extract`` of a source in ``connection``, or ``table``.
 
     ``row`` is the column that numbers its rows from 0.
     """
@@ -47,11 +47,12 @@ class Extract:
     source: DataSource
     contract: Contract
     row: str
+    table: str = "extract"
 
     @cached_property
     def types(self) -> dict[str, str]:
         """The columns of ``extract`` and their DuckDB types."""
-        return {str(row[0]): str(row[1]) for row in self.run("DESCRIBE extract").fetchall()}
+        return {str(row[0]): str(row[1]) for row in self.run(f"DESCRIBE {identifier(self.table)}").fetchall()}
 
     def run(self, query: str) -> duckdb.DuckDBPyConnection:
         """Run SQL on ``extract``. Raises ContractError that holds no value."""
@@ -84,6 +85,18 @@ class Extract:
             return "true"
         day = self.day(window.column)
         return f"coalesce({day} BETWEEN DATE {quoted(window.first)} AND DATE {quoted(window.last)}, false)"
+
+    def plain(self, name: str) -> str:
+        """SQL for a column as a query sees it.
+
+        In the contract's codes, and without what would hide in it: quotes of JSON, the sign of a zero.
+        """
+        column, kind = self._column(name)
+        if kind == "JSON":
+            column = f"({column} ->> '$')"
+        elif kind in _EXACT_BELOW:
+            column = f"{column} + 0.0"
+        return self._recoded(column, name)
 
     def day(self, name: str) -> str:
         """SQL for a column as a DATE, NULL where it is none."""
@@ -237,13 +250,19 @@ def opened(source: DataSource, contract: Contract) -> Iterator[Extract]:
     if contract.query and kind not in files.KINDS:
         problem = f"a query cannot be run on a source of kind {kind}"
         raise ContractError("source.query", problem, remedy="Offer the study an extract in files.")
+    if contract.query and any(own.unit for own in source.map.values()):
+        problem = "a query reads values as they are, so its source may map no units"
+        raise ContractError("source.query", problem, remedy="Convert them in the extract, or deny the study.")
     paths, folders = _places(source, contract)
     real = [engine.regular_file(path) for path in paths]
     before = [_identity(path) for path in real]
     # DuckDB looks for the log of a database file beside it.
     logs = [Path(f"{path}.wal") for path in real if kind in ("duckdb", "omop")]
     with engine.connect([*real, *logs], folders) as connection:
-        yield Extract(connection, source, contract, _filled(connection, source, contract))
+        row = _filled(connection, source, contract)
+        # A query was given the contract's codes already.
+        source = source.recoded() if contract.query else source
+        yield Extract(connection, source, contract, row)
     if [_identity(path) for path in real] != before:
         problem = f"{source.where} changed while it was read"
         remedy = "Write a new extract beside it and rename it into place."
@@ -267,12 +286,15 @@ def _filled(connection: duckdb.DuckDBPyConnection, source: DataSource, contract:
     """Make ``extract`` and lock the connection; the column that numbers the rows."""
     kind = source.kind
     copied = kind != "parquet" or bool(contract.query)
-    if kind in files.KINDS:
+    if contract.query:
+        wanted = list(dict.fromkeys((contract.patient, *source.columns)))
+        for table, where in (("extract", source.source), *source.tables.items()):
+            one = source.model_copy(update={"source": where})
+            files.fill(connection, one, wanted, copied=True, table=table, partly=True)
+    elif kind in files.KINDS:
         window = () if contract.window is None else (contract.window.column,)
-        wanted = source.columns if contract.query else (*contract.columns, *window)
-        files.fill(connection, source, list(dict.fromkeys((contract.patient, *wanted))), copied=copied)
-        for name in source.tables if contract.query else ():
-            files.fill_further(connection, source, name, (contract.patient, *source.columns))
+        wanted = list(dict.fromkeys((contract.patient, *contract.columns, *window)))
+        files.fill(connection, source, wanted, copied=copied)
     elif kind == "omop":
         from client.sources import omop
 
@@ -285,11 +307,12 @@ def _filled(connection: duckdb.DuckDBPyConnection, source: DataSource, contract:
         from client.sources import dicom
 
         dicom.fill(connection, source, contract)
-    engine.lock(connection, copied=copied)
+    engine.lock(connection, copied=copied, limited=bool(contract.query))
     if contract.query:
         from client.sources import query
 
-        query.run(connection, contract)
+        tables = ["extract", *source.tables]
+        query.run([Extract(connection, source, contract, "rowid", table) for table in tables])
     return "rowid" if copied else files.ROW
 
 

@@ -36,12 +36,19 @@ ROW: Final = "file_row_number"
 
 
 def fill(
-    connection: duckdb.DuckDBPyConnection, source: DataSource, wanted: Sequence[str], *, copied: bool
+    connection: duckdb.DuckDBPyConnection,
+    source: DataSource,
+    wanted: Sequence[str],
+    *,
+    copied: bool,
+    table: str = "extract",
+    partly: bool = False,
 ) -> None:
-    """Make ``extract`` with the columns ``wanted``, by their names in contracts, as they are in the file.
+    """Make ``table`` with the columns ``wanted``, by their names in contracts, as they are in the file.
 
-    A Parquet file that is not ``copied`` becomes a view with the further column ``file_row_number``, so that
-    it may be larger than memory. Raises ContractError.
+    ``partly``: of those after the first, only what the file has. A Parquet file that is not ``copied``
+    becomes a view with the further column ``file_row_number``, so that it may be larger than memory. Raises
+    ContractError.
     """
     file, kind = source.path.resolve(), source.kind
     if kind == "duckdb":
@@ -54,41 +61,19 @@ def fill(
     found = execute(connection, f"DESCRIBE SELECT * FROM {reader}", what=what, remedy=remedy).fetchall()
     columns = [str(row[0]) for row in found]
     chosen = []
-    for name in wanted:
+    for place, name in enumerate(wanted):
         own = source.mapped(name).column or name
-        at = _only(own, names or columns, what)
-        chosen.append(f"{identifier(columns[at])} AS {identifier(name)}")
+        if not place or not partly or own in (names or columns):
+            at = _only(own, names or columns, what)
+            chosen.append(f"{identifier(columns[at])} AS {identifier(name)}")
     streamed = kind == "parquet" and not copied
     if streamed:
         chosen.append(ROW)
     made = "VIEW" if streamed else "TABLE"
-    query = f"CREATE {made} extract AS SELECT {', '.join(chosen)} FROM {reader}"
+    query = f"CREATE {made} {identifier(table)} AS SELECT {', '.join(chosen)} FROM {reader}"
     execute(connection, query, what=what, remedy=remedy)
     if kind == "duckdb":
         connection.execute("DETACH held")
-
-
-def fill_further(
-    connection: duckdb.DuckDBPyConnection, source: DataSource, name: str, columns: Sequence[str]
-) -> None:
-    """Copy the further file ``name`` of a source into a table of that name.
-
-    With those of ``columns`` that it has.
-    """
-    kind, _, where = source.tables[name].partition(":")
-    further = source.model_copy(update={"source": f"{kind}:{where}"})
-    reader, names = _reader(kind, Path(where).resolve(), further)
-    what, remedy = where, REMEDIES[kind]
-    found = execute(connection, f"DESCRIBE SELECT * FROM {reader}", what=what, remedy=remedy).fetchall()
-    stored = [str(row[0]) for row in found]
-    shown = names or stored
-    held = [column for column in columns if (source.mapped(column).column or column) in shown]
-    chosen = []
-    for column in held:
-        own = source.mapped(column).column or column
-        chosen.append(f"{identifier(stored[_only(own, shown, what)])} AS {identifier(column)}")
-    query = f"CREATE TABLE {identifier(name)} AS SELECT {', '.join(chosen)} FROM {reader}"
-    execute(connection, query, what=what, remedy=remedy)
 
 
 def _reader(kind: str, file: Path, source: DataSource) -> tuple[str, list[str] | None]:

@@ -86,6 +86,11 @@ class DataSource(Strict):
         renamed = {name: own.model_copy(update={"column": ""}) for name, own in kept.items()}
         return self.model_copy(update={"source": f"parquet:{path}", "map": renamed})
 
+    def recoded(self) -> "DataSource":
+        """The same source once its codes are the contract's."""
+        plain = {name: own.model_copy(update={"codes": {}}) for name, own in self.map.items()}
+        return self.model_copy(update={"map": plain})
+
     def mapped(self, column: str) -> ColumnMap:
         """How a column of a contract is written here."""
         return self.map.get(column, ColumnMap())
