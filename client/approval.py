@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from client import quality
 from client.guard import Guard
 from client.snapshot import local
 from client.sources.extract import load_table
@@ -82,6 +83,7 @@ class Review:
         """
         contract = self.manifest.study.contract
         with local(self.source, contract, self.copies) as source:
+            quality.check(source, contract).refuse()
             table = load_table(source, contract, key=self.split_key, part="train")
         table = table.without(self.guard.opt_outs(self.manifest))
         privacy, fewest = self.manifest.study.privacy, self.guard.policy.rules.minimum_patients

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from client import decisions, overrides
+from client import data_cli, decisions, overrides
 from client.backup import Closing, check_empty, pack, read_backup
 from client.decisions import By, Reason, SiteFolder, Yes, opened, words
 from client.evidence import collect
@@ -28,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(decisions.app)
 app.add_typer(overrides.app, name="override")
+app.add_typer(data_cli.app, name="data")
 app.command("officer")(overrides.officer)
 
 Out = Annotated[Path, typer.Option(help="The file to write; it must not exist yet.", dir_okay=False)]

@@ -70,12 +70,12 @@ class Extract:
     @property
     def patient_text(self) -> str:
         """SQL for the patient's id as it stands there."""
-        return self._text(self.contract.patient)
+        return self.text(self.contract.patient)
 
     @property
     def label(self) -> str:
         """SQL for the label's place among the classes, -1 for none."""
-        return self._code(self.contract.label.name, self.contract.label.classes)
+        return self.code(self.contract.label.name, self.contract.label.classes)
 
     @property
     def inside(self) -> str:
@@ -103,7 +103,7 @@ class Extract:
         column, kind = self._column(name)
         if kind == "DATE" or kind.startswith("TIMESTAMP"):
             return f"CAST({column} AS DATE)"
-        text, form = self._text(name), self.source.mapped(name).date_format
+        text, form = self.text(name), self.source.mapped(name).date_format
         if form:
             return f"CAST(try_strptime({text}, {quoted(form)}) AS DATE)"
         return f"TRY_CAST({text} AS DATE)"
@@ -167,22 +167,28 @@ class Extract:
         if isinstance(feature, Number):
             return self.number(name, feature)
         if isinstance(feature, Category):
-            return self._code(name, feature.codes)
+            return self.code(name, feature.codes)
         if isinstance(feature, Label):
-            return self._code(name, feature.classes)
+            return self.code(name, feature.classes)
         if isinstance(feature, Series) and feature.wide:
             channel = next(c for c in feature.channels if name.startswith(f"{c.name}_"))
             return self.number(name, channel)
-        if isinstance(feature, Series):
-            channel = next(c for c in feature.channels if c.name == name)
-            return self._list(name, "DOUBLE", self._in_unit("e.v", channel))
-        if isinstance(feature, Events):
-            return self._list(name, "VARCHAR", self._recoded("e.v", name))
+        if isinstance(feature, Series | Events):
+            return self.list_of(name, feature)
         if isinstance(feature, Text | Image):
-            return self._text(name)
+            return self.text(name)
         raise TypeError(f"no column holds {type(feature).__name__}")
 
-    def _text(self, name: str) -> str:
+    def present(self, name: str) -> str:
+        """SQL for whether a cell holds anything."""
+        column, kind = self._column(name)
+        if kind in ("VARCHAR", "JSON"):
+            held = f"{column} ->> '$'" if kind == "JSON" else column
+            return f"coalesce(trim({held}, {_BLANKS}) <> '', false)"
+        return f"{column} IS NOT NULL"
+
+    def text(self, name: str) -> str:
+        """SQL for a cell as text, in the contract's codes."""
         column, kind = self._column(name)
         text = _as_text(column, kind)
         if text is None:
@@ -197,11 +203,19 @@ class Extract:
         cases = " ".join(f"WHEN {quoted(own)} THEN {quoted(theirs)}" for own, theirs in codes.items())
         return f"CASE {text} {cases} ELSE {text} END"
 
-    def _code(self, name: str, codes: tuple[str, ...]) -> str:
+    def code(self, name: str, codes: tuple[str, ...]) -> str:
+        """SQL for a cell's place among codes, -1 for none."""
         among = ", ".join(quoted(code) for code in codes)
         return (
-            f"coalesce(CAST(enum_code(TRY_CAST({self._text(name)} AS ENUM({among}))) AS BIGINT), {UNUSABLE})"
+            f"coalesce(CAST(enum_code(TRY_CAST({self.text(name)} AS ENUM({among}))) AS BIGINT), {UNUSABLE})"
         )
+
+    def list_of(self, name: str, feature: Feature) -> str:
+        """SQL for a cell as a list with times, in the contract's unit or codes."""
+        if isinstance(feature, Series):
+            channel = next(c for c in feature.channels if c.name == name)
+            return self._list(name, "DOUBLE", self._in_unit("e.v", channel))
+        return self._list(name, "VARCHAR", self._recoded("e.v", name))
 
     def _list(self, name: str, item: str, value: str) -> str:
         """SQL for a list of ``item`` with times; ``value`` is made of the value e.v of an entry e."""

@@ -37,6 +37,7 @@ _DIMENSIONS: Final[dict[str, dict[str, tuple[float, float]]]] = {
     "time": {"h": (1, 0), "min": (1 / 60, 0), "s": (1 / 3600, 0), "d": (24, 0), "a": (8766, 0)},
     "share": {"1": (1, 0), "%": (0.01, 0)},
 }  # fmt: skip
+UNITS: Final = (*(unit for units in _DIMENSIONS.values() for unit in units), "mmol/mol")
 _HBA1C: Final = {"%": (1.0, 0.0), "mmol/mol": (0.09148, 2.152)}
 
 

@@ -149,11 +149,16 @@ def test_a_sound_study_is_approvable_and_asking_changes_nothing(federation: Fede
     ("header", "rows", "code"),
     [
         ("patient,age,readmitted", [("p", 50, "yes")], "source.column"),
-        ("patient,age,bmi,readmitted", [], "contract.minimum-patients"),
+        ("patient,age,bmi,readmitted", [], "contract.quality"),
+        (
+            "patient,age,bmi,readmitted",
+            [("p", 50, 25, "yes"), ("q", 50, 25, "no")],
+            "contract.minimum-patients",
+        ),
         (
             "patient,age,bmi,readmitted",
             [("", 50, 25, "yes"), ("p", 50, 25, CANARY)],
-            "contract.minimum-patients",
+            "contract.quality",
         ),
         ("patient,age,bmi,readmitted", [("p", 50, 25, "yes"), (CANARY,)], "source.malformed"),
     ],
