@@ -204,6 +204,7 @@ def _add_number(report: Report, extract: Extract, name: str, number: Number) -> 
     add("conformance", True, "NaN or infinite values", infinite, remedy)
     if low >= 0:
         add("plausibility", True, "values below zero", negative, "Correct them: the contract knows none.")
+        outside -= negative
     many, remedy = outside > MANY * known, "They are clamped to it."
     if many:
         unit = _likely_unit(extract, name, number)
