@@ -128,8 +128,8 @@ def _sample(record: type[Record], params: RunParams) -> Record:
         if isinstance(column, Fixed):
             return bytes(column.size_bytes)
         if isinstance(column.entry, tuple):
-            items = tuple(value(name, part) for part in column.entry)
-            return (items if len(items) > 1 else items[0],) * counts[name]
+            items = [value(name, part) for part in column.entry]
+            return (tuple(items) if len(items) > 1 else items[0],) * counts[name]
         return (_sample(column.entry, params),) * counts[name]
 
     return record(*(value(name, column) for name, column in record.COLUMNS))

@@ -23,6 +23,7 @@ MANY: Final = 0.01
 
 _COMMA: Final = r"^\s*[+-]?[0-9]+(\.[0-9]{3})*,[0-9]+\s*$"
 _SHOWN: Final = 40
+_MAP: Final = "Map the right column in policy.toml, unless this hospital has none."
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ def _add_number(report: Report, extract: Extract, name: str, number: Number) -> 
     rule = f"values outside the public range {low:g} to {high:g} {number.unit}"
     add("plausibility", many, rule, outside, remedy)
     if absent == report.rows:
-        add("completeness", True, "no value at all", absent, "Map the right column, or deny the study.")
+        add("completeness", False, "no value at all: the same for every row", absent, _MAP)
 
 
 def _likely_unit(extract: Extract, name: str, number: Number) -> str:
@@ -280,8 +281,8 @@ def _add_list(report: Report, extract: Extract, feature: Series | Events | Text,
         remedy = "Write a list of values, or of objects with t and v."
         report.findings.append(Finding("conformance", True, name, "cells that are no list", broken, remedy))
     if absent == report.rows:
-        remedy = "Map the right column, or deny the study."
-        report.findings.append(Finding("completeness", True, name, "no value at all", absent, remedy))
+        rule = "no value at all: the same for every row"
+        report.findings.append(Finding("completeness", False, name, rule, absent, _MAP))
 
 
 def _add_images(report: Report, extract: Extract, image: Image) -> None:

@@ -13,85 +13,38 @@ inside TRY, which is why an aggregate or a window function stands alone in its p
 outer SELECT.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn, TypeAlias
-
-import duckdb
 
 from common.errors import UsageError
-
-CODE: Final = "study.contract.query"
-REMEDY: Final = "Change the query; its rules are in the docstring of common/query.py."
-MAX_NODES: Final = 20_000
-MAX_DEPTH: Final = 60
-
-Node: TypeAlias = dict[str, Any]
-
-# DuckDB takes these for functions where no column has the name; rowid is a place.
-_NO_COLUMN: Final = frozenset({
-    "rowid", "current_date", "current_time", "current_timestamp", "localtime", "localtimestamp",
-    "today", "now", "current_user", "session_user", "user", "current_role", "current_catalog",
-    "current_schema", "current_database", "filename", "file_row_number", "file_index",
-})  # fmt: skip
-SCALARS: Final = frozenset({
-    "+", "-", "*", "/", "//", "%", "||", "~~", "!~~", "~~*", "!~~*", "abs", "ceil", "ceiling",
-    "floor", "round", "trunc", "sign", "sqrt", "exp", "ln", "log10", "log2", "pow", "power",
-    "greatest", "least", "isnan", "isfinite", "lower", "upper", "trim", "ltrim", "rtrim", "length",
-    "substring", "substr", "left", "right", "replace", "contains", "starts_with", "prefix",
-    "suffix", "split_part", "concat", "regexp_matches", "regexp_full_match", "regexp_extract",
-    "nullif", "ifnull", "if", "date_part", "date_diff", "datediff", "date_trunc", "year", "month",
-    "day", "hour", "epoch", "make_date", "try_strptime", "to_days", "to_hours", "to_minutes",
-    "struct_pack", "struct_extract",
-})  # fmt: skip
-AGGREGATES: Final = frozenset(
-    {"count", "count_star", "min", "max", "sum", "avg", "bool_and", "bool_or", "list"}
+from common.syntax import (
+    AGGREGATES,
+    CODE,
+    COMPARISONS,
+    EXACT,
+    FUNCTION,
+    JOIN,
+    MAX_DEPTH,
+    NO_COLUMN,
+    OPERATORS,
+    REMEDY,
+    SCALARS,
+    SELECT,
+    WINDOW,
+    WINDOWS,
+    Node,
+    arguments_of,
+    bare,
+    conjuncts_of,
+    fold,
+    function_name,
+    name_of,
+    only,
+    parsed,
+    refuse,
+    type_name,
+    written,
 )
-WINDOWS: Final = frozenset({"rank", "dense_rank", "count", "count_star", "min", "max", "sum", "avg"})
-_EXACT: Final = frozenset(
-    {"TINYINT", "SMALLINT", "INTEGER", "INT", "BIGINT", "DECIMAL", "NUMERIC", "BOOLEAN", "BOOL"}
-)
-_TYPES: Final = _EXACT | {
-    "DOUBLE",
-    "FLOAT",
-    "REAL",
-    "VARCHAR",
-    "TEXT",
-    "STRING",
-    "DATE",
-    "TIMESTAMP",
-    "DATETIME",
-}
-_OPERATORS: Final = frozenset({
-    "OPERATOR_COALESCE", "OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL", "OPERATOR_NOT", "COMPARE_IN",
-    "COMPARE_NOT_IN", "STRUCT_EXTRACT", "OPERATOR_TRY",
-})  # fmt: skip
-_COMPARISONS: Final = frozenset({
-    "COMPARE_EQUAL", "COMPARE_NOTEQUAL", "COMPARE_LESSTHAN", "COMPARE_GREATERTHAN",
-    "COMPARE_LESSTHANOREQUALTO", "COMPARE_GREATERTHANOREQUALTO", "COMPARE_DISTINCT_FROM",
-    "COMPARE_NOT_DISTINCT_FROM",
-})  # fmt: skip
-
-# The fields of a node that may be there; each is looked at below, but for those named here as inert.
-_INERT: Final = frozenset({"query_location", "query_location_length"})
-_SELECT: Final = frozenset({
-    "type", "cte_map", "select_list", "from_table", "where_clause", "group_expressions",
-    "group_sets", "aggregate_handling",
-})  # fmt: skip
-_JOIN: Final = frozenset({
-    "type", "left", "right", "condition", "join_type", "ref_type", "using_columns", "delim_flipped",
-    "is_implicit", "nearest_count", "nearest_order_type", "nearest_approx",
-})  # fmt: skip
-_FUNCTION: Final = frozenset({
-    "class", "type", "alias", "function_name", "qualified_name", "arguments", "order_bys",
-    "distinct", "filter", "is_operator", "export_state",
-})  # fmt: skip
-_WINDOW: Final = frozenset({
-    "class", "type", "alias", "function_name", "qualified_name", "arguments", "partitions",
-    "orders", "start", "end", "exclude_clause", "ignore_nulls", "has_ignore_nulls", "distinct", "start_expr",
-    "end_expr",
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,49 +83,15 @@ def check_query(
     Guarantee: no_value_fails_a_query - what cannot be computed is NULL.
     Raises: UsageError with the reason.
     """
-    root = _parsed(sql)
+    root = parsed(sql)
     try:
         node = root["statements"][0]["node"]
-        columns, relation = _Checker(_fold(patient), public, private).select(node, {}, 0)
+        columns, relation = _Checker(fold(patient), public, private).select(node, {}, 0)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UsageError(CODE, "contract.query: it has a form that is not known", remedy=REMEDY) from error
     if not relation.private:
-        _refuse("it must read a table of the hospital")
-    with duckdb.connect(":memory:") as connection:
-        found = connection.execute("SELECT json_deserialize_sql(?::JSON)", [json.dumps(root)]).fetchone()
-    return columns, str((found or ("",))[0])
-
-
-def _parsed(sql: str) -> Node:
-    """DuckDB's syntax tree of the one statement in ``sql``."""
-    with duckdb.connect(":memory:") as connection:
-        try:
-            query = "SELECT json_serialize_sql(?::VARCHAR, skip_null := true, skip_empty := true)"
-            found = connection.execute(query, [sql]).fetchone()
-            root = json.loads(str((found or ("{}",))[0]))
-        except (duckdb.Error, ValueError, RecursionError):
-            root = {"error": True}
-    if root.get("error") or len(root.get("statements", [])) != 1:
-        _refuse("it must be exactly one SELECT that DuckDB can read")
-    if set(root["statements"][0]) != {"node"}:
-        _refuse("it must be a plain SELECT")
-    if not _is_small(root):
-        _refuse("it is too large, or too deep inside one another")
-    found_root: Node = root
-    return found_root
-
-
-def _is_small(root: Node) -> bool:
-    left: list[tuple[Any, int]] = [(root, 0)]
-    nodes = 0
-    while left:
-        node, depth = left.pop()
-        nodes += 1
-        if nodes > MAX_NODES or depth > 4 * MAX_DEPTH:
-            return False
-        inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        left += [(child, depth + 1) for child in inner if isinstance(child, dict | list)]
-    return True
+        refuse("it must read a table of the hospital")
+    return columns, written(root)
 
 
 @dataclass
@@ -186,23 +105,23 @@ class _Checker:
     def select(self, node: Node, ctes: dict[str, Relation], depth: int) -> tuple[tuple[str, ...], Relation]:
         """The columns that a SELECT makes, and what it is; its expressions are put inside TRY."""
         if depth > MAX_DEPTH:
-            _refuse("its subqueries are too deep inside one another")
+            refuse("its subqueries are too deep inside one another")
         if node.get("type") != "SELECT_NODE":
-            _refuse("UNION, INTERSECT, EXCEPT, VALUES and recursion are not allowed")
+            refuse("UNION, INTERSECT, EXCEPT, VALUES and recursion are not allowed")
         for modifier in node.get("modifiers", []):
             kind = str(modifier.get("type", "")).removesuffix("_MODIFIER")
-            _refuse(f"{kind} is not allowed: rows have no order, and none is left out")
+            refuse(f"{kind} is not allowed: rows have no order, and none is left out")
         for clause, name in (("qualify", "QUALIFY"), ("having", "HAVING"), ("sample", "SAMPLE")):
             if clause in node:
-                _refuse(f"{name} is not allowed; filter in the WHERE of an outer SELECT")
-        _only(node, _SELECT, "SELECT")
+                refuse(f"{name} is not allowed; filter in the WHERE of an outer SELECT")
+        only(node, SELECT, "SELECT")
         if node["aggregate_handling"] != "STANDARD_HANDLING":
-            _refuse("GROUP BY ALL is not allowed: name the columns")
+            refuse("GROUP BY ALL is not allowed: name the columns")
         ctes = dict(ctes)
         for cte in node.get("cte_map", {}).get("map", []):
-            _only(cte, {"key", "value"}, "WITH")
-            _only(cte["value"], {"materialized", "query_node"}, "WITH")
-            ctes[_fold(cte["key"])] = self.select(cte["value"]["query_node"], ctes, depth + 1)[1]
+            only(cte, {"key", "value"}, "WITH")
+            only(cte["value"], {"materialized", "query_node"}, "WITH")
+            ctes[fold(cte["key"])] = self.select(cte["value"]["query_node"], ctes, depth + 1)[1]
         scope = Scope()
         self.table(node.get("from_table", {}), scope, ctes, depth)
         if "where_clause" in node:
@@ -211,21 +130,21 @@ class _Checker:
         grouped = self.groups(node, scope, private)
         columns: list[str] = []
         for place, item in enumerate(node["select_list"]):
-            columns.append(_name(item))
+            columns.append(name_of(item))
             is_patient = self.is_patient(item, scope)
-            if private and _fold(columns[-1]) == self.patient and not is_patient:
-                _refuse(f"only the patient column may be called {self.patient!r}")
+            if private and fold(columns[-1]) == self.patient and not is_patient:
+                refuse(f"only the patient column may be called {self.patient!r}")
             if not is_patient:
                 made = self.item(item, scope, grouped, private)
                 made["alias"] = columns[-1]
                 node["select_list"][place] = made
-        names = [_fold(name) for name in columns]
+        names = [fold(name) for name in columns]
         if len(set(names)) != len(names):
-            _refuse("two of its columns have one name")
+            refuse("two of its columns have one name")
         if private and self.patient not in names:
-            _refuse(f"every SELECT from a table of patients must hand on the column {self.patient!r}")
+            refuse(f"every SELECT from a table of patients must hand on the column {self.patient!r}")
         if not private and self.patient in names:
-            _refuse(f"a public table must have no column {self.patient!r}")
+            refuse(f"a public table must have no column {self.patient!r}")
         return tuple(columns), Relation(frozenset(names), private)
 
     def groups(self, node: Node, scope: Scope, private: bool) -> bool:
@@ -233,13 +152,13 @@ class _Checker:
         groups = node.get("group_expressions", [])
         sets = node.get("group_sets", [])
         if sets not in ([], [list(range(len(groups)))]):
-            _refuse("GROUPING SETS, ROLLUP and CUBE are not allowed")
+            refuse("GROUPING SETS, ROLLUP and CUBE are not allowed")
         for group in groups:
             if group.get("class") != "COLUMN_REF":
-                _refuse("GROUP BY takes columns by their names; compute others in an inner SELECT")
+                refuse("GROUP BY takes columns by their names; compute others in an inner SELECT")
             self.column(group, scope)
         if groups and private and not any(self.is_patient(group, scope) for group in groups):
-            _refuse(f"GROUP BY must contain the patient column {self.patient!r}")
+            refuse(f"GROUP BY must contain the patient column {self.patient!r}")
         return bool(groups)
 
     def table(self, node: Node, scope: Scope, ctes: dict[str, Relation], depth: int) -> None:
@@ -249,63 +168,63 @@ class _Checker:
             self.join(node, scope, ctes, depth)
             return
         if "sample" in node or "column_name_alias" in node:
-            _refuse("SAMPLE and new names for a table's columns are not allowed")
+            refuse("SAMPLE and new names for a table's columns are not allowed")
         if kind == "SUBQUERY":
-            _only(node, {"type", "alias", "subquery"}, "FROM")
-            _only(node["subquery"], {"node"}, "FROM")
+            only(node, {"type", "alias", "subquery"}, "FROM")
+            only(node["subquery"], {"node"}, "FROM")
             name, relation = node.get("alias", ""), self.select(node["subquery"]["node"], ctes, depth + 1)[1]
         elif kind == "BASE_TABLE":
             if node["qualified_name"] != {"path": [node["table_name"]]}:
-                _refuse("a table is named by one name, without a schema")
-            _only(node, {"type", "alias", "table_name", "qualified_name"}, "FROM")
+                refuse("a table is named by one name, without a schema")
+            only(node, {"type", "alias", "table_name", "qualified_name"}, "FROM")
             name = node.get("alias", node["table_name"])
             relation = self.named(node["table_name"], ctes)
         else:
-            _refuse("FROM takes tables and subqueries; functions, VALUES and PIVOT are not allowed")
-        if not name or _fold(name) in scope.relations:
-            _refuse("each table in a FROM needs a name of its own")
-        scope.relations[_fold(name)] = relation
+            refuse("FROM takes tables and subqueries; functions, VALUES and PIVOT are not allowed")
+        if not name or fold(name) in scope.relations:
+            refuse("each table in a FROM needs a name of its own")
+        scope.relations[fold(name)] = relation
 
     def named(self, name: str, ctes: dict[str, Relation]) -> Relation:
         """The table of a name."""
-        key = _fold(name)
+        key = fold(name)
         if key in ctes:
             return ctes[key]
         if key in self.public:
-            columns = frozenset(map(_fold, self.public[key]))
+            columns = frozenset(map(fold, self.public[key]))
             if self.patient in columns:
-                _refuse(f"a public table must have no column {self.patient!r}")
+                refuse(f"a public table must have no column {self.patient!r}")
             return Relation(columns, private=False)
         if self.private is None:
             return Relation(None, private=True)
         if key not in self.private:
-            _refuse(f"this hospital offers no table {name!r}")
-        return Relation(frozenset(map(_fold, self.private[key])), private=True)
+            refuse(f"this hospital offers no table {name!r}")
+        return Relation(frozenset(map(fold, self.private[key])), private=True)
 
     def join(self, node: Node, scope: Scope, ctes: dict[str, Relation], depth: int) -> None:
         """Check a join: private tables on the patient, public ones on anything."""
-        _only(node, _JOIN, "JOIN")
+        only(node, JOIN, "JOIN")
         plain = node["ref_type"] in ("REGULAR", "CROSS") and node["join_type"] in ("INNER", "LEFT")
         if not plain:
-            _refuse("joins are INNER or LEFT; NATURAL, ASOF, POSITIONAL, SEMI, RIGHT, FULL are not allowed")
+            refuse("joins are INNER or LEFT; NATURAL, ASOF, POSITIONAL, SEMI, RIGHT, FULL are not allowed")
         left, right = Scope(), Scope()
         self.table(node["left"], left, ctes, depth)
         self.table(node["right"], right, ctes, depth)
         if left.relations.keys() & right.relations.keys():
-            _refuse("each table in a FROM needs a name of its own")
+            refuse("each table in a FROM needs a name of its own")
         private = [any(relation.private for relation in side.relations.values()) for side in (left, right)]
         if private == [False, True] and node["join_type"] == "LEFT":
-            _refuse("a public table may not be the left side of a LEFT JOIN with patients")
+            refuse("a public table may not be the left side of a LEFT JOIN with patients")
         outer = node["join_type"] == "LEFT"
         scope.relations |= left.relations
         scope.relations |= {
             name: Relation(relation.columns, relation.private, relation.nullable or outer)
             for name, relation in right.relations.items()
         }
-        using = [_fold(name) for name in node.get("using_columns", [])]
+        using = [fold(name) for name in node.get("using_columns", [])]
         on_patient = self.patient in using
         inner = Scope(left.relations | right.relations)
-        conjuncts = list(_conjuncts(node["condition"])) if "condition" in node else []
+        conjuncts = list(conjuncts_of(node["condition"])) if "condition" in node else []
         for at, conjunct in enumerate(conjuncts):
             if self.equates(conjunct, left, right):
                 on_patient = True
@@ -315,11 +234,11 @@ class _Checker:
             both = {"class": "CONJUNCTION", "type": "CONJUNCTION_AND", "children": conjuncts}
             node["condition"] = both if len(conjuncts) > 1 else conjuncts[0]
         if using and using != [self.patient]:
-            _refuse("USING takes the patient column alone; join on others with ON")
+            refuse("USING takes the patient column alone; join on others with ON")
         if all(private) and not on_patient:
-            _refuse(f"tables of patients must be joined on the patient column {self.patient!r}")
+            refuse(f"tables of patients must be joined on the patient column {self.patient!r}")
         if using and not all(private):
-            _refuse("USING joins two tables of patients")
+            refuse("USING joins two tables of patients")
         scope.merged = bool(using) or left.merged
 
     def equates(self, node: Node, left: Scope, right: Scope) -> bool:
@@ -336,15 +255,15 @@ class _Checker:
 
     def is_patient(self, node: Node, scope: Scope, *, qualified: bool = False) -> bool:
         """Whether an expression is the patient column of every row of a scope."""
-        if node.get("class") != "COLUMN_REF" or _fold(node["column_names"][-1]) != self.patient:
+        if node.get("class") != "COLUMN_REF" or fold(node["column_names"][-1]) != self.patient:
             return False
-        if _fold(node.get("alias", self.patient)) != self.patient:
+        if fold(node.get("alias", self.patient)) != self.patient:
             return False
-        if len(node["column_names"]) == 2 and _fold(node["column_names"][0]) not in scope.relations:
+        if len(node["column_names"]) == 2 and fold(node["column_names"][0]) not in scope.relations:
             return False
         self.column(node, scope)
         if len(node["column_names"]) == 2:
-            relation = scope.relations[_fold(node["column_names"][0])]
+            relation = scope.relations[fold(node["column_names"][0])]
             return relation.private and not relation.nullable
         if qualified:
             return False
@@ -354,21 +273,21 @@ class _Checker:
 
     def column(self, node: Node, scope: Scope) -> None:
         """Check that a name is that of a column in scope."""
-        _only(node, {"class", "type", "alias", "column_names"}, "a column")
-        names = [_fold(name) for name in node["column_names"]]
+        only(node, {"class", "type", "alias", "column_names"}, "a column")
+        names = [fold(name) for name in node["column_names"]]
         if len(names) > 2 or (len(names) == 2 and names[0] not in scope.relations):
-            _refuse(f"{'.'.join(node['column_names'])!r} is not a column of a table in FROM")
-        if names[-1] in _NO_COLUMN:
-            _refuse(f"{node['column_names'][-1]!r} is not allowed: it is a place, a time or a person")
+            refuse(f"{'.'.join(node['column_names'])!r} is not a column of a table in FROM")
+        if names[-1] in NO_COLUMN:
+            refuse(f"{node['column_names'][-1]!r} is not allowed: it is a place, a time or a person")
         among = [scope.relations[names[0]]] if len(names) == 2 else list(scope.relations.values())
         if all(relation.columns is not None and names[-1] not in relation.columns for relation in among):
-            _refuse(f"there is no column {'.'.join(node['column_names'])!r}")
+            refuse(f"there is no column {'.'.join(node['column_names'])!r}")
 
     def item(self, node: Node, scope: Scope, grouped: bool, private: bool) -> Node:
         """Check an item of a SELECT list; it, inside TRY."""
         inner = node
         while inner.get("type") == "STRUCT_EXTRACT":
-            _only(inner, {"class", "type", "alias", "children"}, "a field of a struct")
+            only(inner, {"class", "type", "alias", "children"}, "a field of a struct")
             inner = inner["children"][0]
         name = str(inner.get("function_name", ""))
         if inner.get("class") == "WINDOW":
@@ -376,11 +295,11 @@ class _Checker:
             return node
         if inner.get("class") == "FUNCTION" and name in AGGREGATES:
             if private and not grouped:
-                _refuse(f"an aggregate needs GROUP BY with the patient column {self.patient!r}")
+                refuse(f"an aggregate needs GROUP BY with the patient column {self.patient!r}")
             self.aggregate(inner, scope)
             return node
         if grouped and node.get("class") != "COLUMN_REF":
-            _refuse("with GROUP BY a SELECT takes grouped columns and aggregates; compute in an outer SELECT")
+            refuse("with GROUP BY a SELECT takes grouped columns and aggregates; compute in an outer SELECT")
         return self.scalar(node, scope)
 
     def scalar(self, node: Node, scope: Scope) -> Node:
@@ -396,28 +315,28 @@ class _Checker:
         if kind == "COLUMN_REF":
             self.column(node, scope)
         elif kind == "CONSTANT" and type_ == "VALUE_CONSTANT":
-            _only(node, {"class", "type", "alias", "literal"}, "a constant")
-        elif kind == "COMPARISON" and type_ in _COMPARISONS:
-            _only(node, {"class", "type", "alias", "left", "right"}, "a comparison")
+            only(node, {"class", "type", "alias", "literal"}, "a constant")
+        elif kind == "COMPARISON" and type_ in COMPARISONS:
+            only(node, {"class", "type", "alias", "left", "right"}, "a comparison")
             self.all([node["left"], node["right"]], scope)
         elif kind == "CONJUNCTION":
-            _only(node, {"class", "type", "alias", "children"}, "AND, OR")
+            only(node, {"class", "type", "alias", "children"}, "AND, OR")
             self.all(node["children"], scope)
         elif kind == "BETWEEN":
-            _only(node, {"class", "type", "alias", "input", "lower", "upper"}, "BETWEEN")
+            only(node, {"class", "type", "alias", "input", "lower", "upper"}, "BETWEEN")
             self.all([node["input"], node["lower"], node["upper"]], scope)
         elif kind == "CASE":
-            _only(node, {"class", "type", "alias", "case_checks", "else_expr"}, "CASE")
+            only(node, {"class", "type", "alias", "case_checks", "else_expr"}, "CASE")
             for check in node["case_checks"]:
-                _only(check, {"when_expr", "then_expr"}, "CASE")
+                only(check, {"when_expr", "then_expr"}, "CASE")
                 self.all(list(check.values()), scope)
             self.all([node["else_expr"]] if "else_expr" in node else [], scope)
         elif kind == "CAST":
-            _only(node, {"class", "type", "alias", "child", "try_cast", "type_expr"}, "CAST")
-            _type(node["type_expr"])
+            only(node, {"class", "type", "alias", "child", "try_cast", "type_expr"}, "CAST")
+            type_name(node["type_expr"])
             self.all([node["child"]], scope)
-        elif kind == "OPERATOR" and type_ in _OPERATORS:
-            _only(node, {"class", "type", "alias", "children"}, "an operator")
+        elif kind == "OPERATOR" and type_ in OPERATORS:
+            only(node, {"class", "type", "alias", "children"}, "an operator")
             self.all(node["children"], scope)
         elif kind == "FUNCTION":
             self.function(node, scope)
@@ -428,7 +347,7 @@ class _Checker:
                 "LAMBDA": "a lambda",
                 "WINDOW": "a window",
             }
-            _refuse(f"{names.get(str(kind), str(kind))} is not allowed there")
+            refuse(f"{names.get(str(kind), str(kind))} is not allowed there")
 
     def all(self, nodes: list[Node], scope: Scope) -> None:
         """Check each of these expressions."""
@@ -437,27 +356,27 @@ class _Checker:
 
     def function(self, node: Node, scope: Scope) -> None:
         """Check a call of a scalar function."""
-        name = _function_name(node, _FUNCTION)
+        name = function_name(node, FUNCTION)
         if name in AGGREGATES:
-            _refuse(f"{name} must stand alone in the SELECT list; compute with it in an outer SELECT")
+            refuse(f"{name} must stand alone in the SELECT list; compute with it in an outer SELECT")
         if name not in SCALARS:
-            _refuse(f"the function {name!r} is not among those allowed")
+            refuse(f"the function {name!r} is not among those allowed")
         if node["distinct"] or "filter" in node or node["order_bys"].get("orders"):
-            _refuse(f"{name} takes no DISTINCT, FILTER or ORDER BY")
-        self.all(_arguments(node), scope)
+            refuse(f"{name} takes no DISTINCT, FILTER or ORDER BY")
+        self.all(arguments_of(node), scope)
         # A pattern from the data could be malformed, or grow beyond bounds.
-        if name.startswith("regexp_") and any(a.get("class") != "CONSTANT" for a in _arguments(node)[1:]):
-            _refuse(f"the pattern of {name} must be a constant")
+        if name.startswith("regexp_") and any(a.get("class") != "CONSTANT" for a in arguments_of(node)[1:]):
+            refuse(f"the pattern of {name} must be a constant")
 
     def aggregate(self, node: Node, scope: Scope) -> None:
         """Check an aggregate of a group; what it takes is put inside TRY."""
-        name = _function_name(node, _FUNCTION)
+        name = function_name(node, FUNCTION)
         if node["distinct"] or node["export_state"]:
-            _refuse("DISTINCT is not allowed; group in an inner SELECT")
-        self.exact(name, _arguments(node))
+            refuse("DISTINCT is not allowed; group in an inner SELECT")
+        self.exact(name, arguments_of(node))
         orders = [order["expression"] for order in node["order_bys"].get("orders", [])]
-        if (name == "list") != bool(orders) or (orders and _bare(orders[0]) != _bare(_arguments(node)[0])):
-            _refuse("list takes ORDER BY the same expression that it lists, others take none")
+        if (name == "list") != bool(orders) or (orders and bare(orders[0]) != bare(arguments_of(node)[0])):
+            refuse("list takes ORDER BY the same expression that it lists, others take none")
         for order in node["order_bys"].get("orders", []):
             order["expression"] = self.scalar(order["expression"], scope)
         for argument in node.get("arguments", []):
@@ -467,21 +386,21 @@ class _Checker:
 
     def window(self, node: Node, scope: Scope, private: bool) -> None:
         """Check a window function; what it takes is put inside TRY."""
-        name = _function_name(node, _WINDOW)
+        name = function_name(node, WINDOW)
         if name not in WINDOWS:
-            _refuse(f"{name} is not allowed over a window: which of equal rows comes first is by chance")
+            refuse(f"{name} is not allowed over a window: which of equal rows comes first is by chance")
         if private and not any(self.is_patient(part, scope) for part in node.get("partitions", [])):
-            _refuse(f"PARTITION BY must contain the patient column {self.patient!r}")
+            refuse(f"PARTITION BY must contain the patient column {self.patient!r}")
         whole = node["end"] in ("CURRENT_ROW_RANGE", "UNBOUNDED_FOLLOWING")
         framed = "start_expr" in node or "end_expr" in node or node["start"] != "UNBOUNDED_PRECEDING"
         if framed or not whole or node["exclude_clause"] != "NO_OTHER":
-            _refuse("a window has no frame of its own")
+            refuse("a window has no frame of its own")
         if node["ignore_nulls"] or node["distinct"]:
-            _refuse("a window function takes no DISTINCT and no IGNORE NULLS")
-        self.exact(name, _arguments(node))
+            refuse("a window function takes no DISTINCT and no IGNORE NULLS")
+        self.exact(name, arguments_of(node))
         for part in [*node.get("partitions", []), *(order["expression"] for order in node.get("orders", []))]:
             if part.get("class") != "COLUMN_REF":
-                _refuse(
+                refuse(
                     "PARTITION BY and ORDER BY take columns by their names; compute others in an inner SELECT"
                 )
             self.column(part, scope)
@@ -491,85 +410,14 @@ class _Checker:
     def exact(self, name: str, arguments: list[Node]) -> None:
         """Check that a sum does not depend on the order of what it adds."""
         if len(arguments) > 1:
-            _refuse(f"{name} takes one argument")
+            refuse(f"{name} takes one argument")
         if name in ("sum", "avg"):
             added = arguments[0] if arguments else {}
             while added.get("type") == "OPERATOR_TRY":
                 added = added["children"][0]
             to = added.get("type_expr", {})
-            if _type(to) not in _EXACT:
+            if type_name(to) not in EXACT:
                 problem = (
                     "must be a CAST to a whole number or DECIMAL: floating sums depend on the order of rows"
                 )
-                _refuse(f"what {name} adds {problem}")
-
-
-def _type(node: Node) -> str:
-    """The name of a type that may be cast to."""
-    name = str(node.get("type_name", "")).upper()
-    known = node.get("qualified_name") == {"path": [node.get("type_name")]}
-    if not node:
-        return ""
-    _only(node, {"class", "type", "type_name", "qualified_name", "children"}, "a type")
-    if name not in _TYPES or not known:
-        _refuse(f"the type {name!r} is not among those allowed")
-    sizes = [child.get("literal", {}).get("text", "") for child in node.get("children", [])]
-    # Sums of more digits could overflow, which is a failure that depends on values.
-    if sizes and not (name in ("DECIMAL", "NUMERIC") and sizes[0].isdigit() and int(sizes[0]) <= 18):
-        _refuse("only DECIMAL takes sizes, and at most 18 digits")
-    return name
-
-
-def _function_name(node: Node, fields: frozenset[str]) -> str:
-    _only(node, fields, "a function")
-    if node["qualified_name"] != {"path": [node["function_name"]]}:
-        _refuse("a function is named by one name, without a schema")
-    return str(node["function_name"])
-
-
-def _arguments(node: Node) -> list[Node]:
-    for argument in node.get("arguments", []):
-        _only(argument, {"name", "expression"}, "an argument")
-    return [argument["expression"] for argument in node.get("arguments", [])]
-
-
-def _fold(name: str) -> str:
-    """A name as DuckDB compares it: ASCII letters without case."""
-    return "".join(c.lower() if c.isascii() else c for c in name)
-
-
-def _conjuncts(node: Node) -> Iterator[Node]:
-    """What AND joins."""
-    if node.get("type") == "CONJUNCTION_AND":
-        for child in node["children"]:
-            yield from _conjuncts(child)
-    else:
-        yield node
-
-
-def _name(node: Node) -> str:
-    """The name of a column that a SELECT makes."""
-    if "alias" in node:
-        return str(node["alias"])
-    if node.get("class") == "COLUMN_REF":
-        return str(node["column_names"][-1])
-    if node.get("class") == "STAR":
-        _refuse("* is not allowed: name the columns")
-    return _refuse("each column that is computed needs a name: write AS")
-
-
-def _bare(node: Any) -> Any:
-    """A tree without places and names, to compare two of them."""
-    if isinstance(node, dict):
-        return {key: _bare(value) for key, value in node.items() if key not in _INERT and key != "alias"}
-    return [_bare(value) for value in node] if isinstance(node, list) else node
-
-
-def _only(node: Node, fields: frozenset[str] | set[str], what: str) -> None:
-    unknown = node.keys() - fields - _INERT
-    if unknown:
-        _refuse(f"{what} with {min(unknown)} is not allowed")
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise UsageError(CODE, f"contract.query: {reason}", remedy=REMEDY, path="contract.query")
+                refuse(f"what {name} adds {problem}")

@@ -116,7 +116,7 @@ def _number(number: Number, generator: _Generator) -> float:
 
 
 def _picked(codes: Sequence[str], count: int, generator: _Generator) -> list[str]:
-    return [codes[at] for at in generator.integers(0, len(codes), count)]
+    return [str(codes[int(at)]) for at in generator.integers(0, len(codes), count)]
 
 
 def _length(generator: _Generator) -> int:

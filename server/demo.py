@@ -1,6 +1,7 @@
 """``wardround demo``: a whole federation on this machine, real commands in real processes, on real data.
 
-Source: the Wisconsin breast cancer data of scikit-learn (CC BY 4.0). Rules: every step is a command of the
+Source: the Wisconsin breast cancer data of scikit-learn, or heart disease at four real hospitals from UCI's
+archive (both CC BY 4.0). Rules: every step is a command of the
 product, run as a subprocess; 20 % of the rows are set aside first as a public test set that only the demo
 owns, and no hospital's rows are scored outside that hospital; everything started is ended, also on Ctrl-C
 or an error; ``--seed`` reaches public randomness only (the split), never noise, masks or coins.
@@ -10,12 +11,12 @@ import json
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import tomli_w
@@ -26,6 +27,7 @@ from rich.table import Table
 from safetensors.numpy import load as load_safetensors
 
 from common.console import JsonFlag, Outcome, command
+from common.contract import Contract
 from common.errors import FailureError, UsageError
 from common.privacy.filter import noise_for_filter
 from common.study import Study
@@ -69,6 +71,16 @@ def demo(
     rounds: Annotated[int, typer.Option(min=1, max=200, help="Rounds of training.")] = 10,
     epsilon: Annotated[float, typer.Option(min=0.1, max=20.0, help="Each hospital's cap for epsilon.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the split of the public data, nothing else.")] = 0,
+    data: Annotated[
+        Literal["breast-cancer", "heart-disease"],
+        typer.Option(help="Split over made-up hospitals, or of four real ones, fetched from UCI's archive."),
+    ] = "breast-cancer",
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder", help="heart-disease: where the four files lie, or are put.", file_okay=False
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> Outcome:
     """Run a federation from nothing to a trained model and say what it cost each hospital in privacy."""
@@ -76,8 +88,19 @@ def demo(
     console = Console(stderr=True, quiet=as_json)
     console.print(f"wardround demo in [bold]{folder}[/bold]")
     started = time.monotonic()
+    if data == "heart-disease":
+        from server import demo_heart
+
+        found = demo_heart.obtain(source or folder / "data")
+        console.print(f"data: {demo_heart.LICENCE}; checksums hold")
+        test, parts = demo_heart.split(found, seed)
+        names: Sequence[str] = list(found)
+    else:
+        test, parts = split_rows(hospitals, seed)
+        names = NAMES
+    sites = [Site(names[i], folder / "sites" / f"{i + 1}", rows) for i, rows in enumerate(parts)]
     with Processes(folder / "logs") as processes:
-        return _run(processes, folder, console, hospitals, rounds, epsilon, seed, started)
+        return _run(processes, folder, console, data, test, sites, rounds, epsilon, started)
 
 
 def _folder(out: Path | None) -> Path:
@@ -93,19 +116,17 @@ def _run(
     processes: Processes,
     folder: Path,
     console: Console,
-    hospitals: int,
+    data: str,
+    test: Rows,
+    sites: list[Site],
     rounds: int,
     epsilon: float,
-    seed: int,
     started: float,
 ) -> Outcome:
-    template = tomllib.loads(
-        files("server").joinpath("templates/breast_cancer.toml").read_text(encoding="utf-8")
-    )
-    test, parts = split_rows(hospitals, seed)
-    sites = [Site(NAMES[i], folder / "sites" / f"{i + 1}", rows) for i, rows in enumerate(parts)]
+    name = f"templates/{data.replace('-', '_')}.toml"
+    template = tomllib.loads(files("server").joinpath(name).read_text(encoding="utf-8"))
     with console.status("making keys, admitting hospitals"):
-        _found(processes, folder, sites, epsilon)
+        _found(processes, folder, sites, data, epsilon)
     study, toml = _study(template, folder, sites, rounds, epsilon)
     with console.status("starting the hub and the agents"):
         _start(processes, folder, sites)
@@ -124,7 +145,7 @@ def _run(
     return Outcome(_summary(console, result, folder), result)
 
 
-def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float) -> None:
+def _found(processes: Processes, folder: Path, sites: list[Site], data: str, epsilon: float) -> None:
     """Make the hub and the hospitals and admit each; policies name the coordinator, the data and the cap."""
     port = free_port()
     hub = processes.json("hub", "init", "--home", str(folder / "hub"), "--address", f"127.0.0.1:{port}")
@@ -134,7 +155,7 @@ def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float
         processes.json(
             "site", "init", "--home", str(site.home), "--name", site.name, "--hub", f"127.0.0.1:{port}"
         )
-        table = site.home / "breast-cancer.csv"
+        table = site.home / f"{data}.csv"
         site.rows.write_csv(table)
         policy_path = site.home / "policy.toml"
         policy = tomllib.loads(policy_path.read_text(encoding="utf-8"))
@@ -142,7 +163,7 @@ def _found(processes: Processes, folder: Path, sites: list[Site], epsilon: float
         policy["rules"]["coordinators"] = [hub["coordinator_key"]]
         columns = [name for name in site.rows.columns if name != "patient"]
         source = {"source": f"csv:{table}", "patient": "patient", "columns": columns}
-        policy["data"] = {"breast-cancer": source}
+        policy["data"] = {data: source}
         policy_path.write_text(tomli_w.dumps(policy), encoding="utf-8")
 
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
@@ -160,14 +181,15 @@ def _study(
     """The template with this demo's members, rounds, and the least noise whose whole study fits the cap."""
     template["members"] = [site.name for site in sites]
     template["training"]["rounds"] = rounds
-    template["training"]["patients_public"] = max(1, 455 // len(sites))
-    features, classes = len(template["contract"]["features"]), len(template["contract"]["label"]["classes"])
+    patients = sum(len(site.rows.columns["patient"]) for site in sites)
+    template["training"]["patients_public"] = max(1, patients // len(sites))
+    contract = Contract.model_validate(template["contract"])
     template["privacy"]["noise_multiplier"] = noise_for_filter(
         epsilon,
         DELTA,
         rounds * template["training"]["steps"],
         rounds,
-        dim=(features + 1) * classes,
+        dim=(contract.width + 1) * len(contract.label.classes),
         members=len(sites),
     )
     path = folder / "study.toml"

@@ -100,6 +100,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     for name in OTHERS:
         newcomer.processes.start(name, "site", "run", "--home", name.lower())
     (folder / "study.toml").write_text(tomli_w.dumps(small_study(["St. Mary", *OTHERS])))
+    assert "500 synthetic rows" in newcomer.run("study synth")
     found = re.search(r"digest\s+([0-9a-f]{64})", newcomer.run("study submit"))
     assert found is not None
     newcomer.digest = found[1]
@@ -113,6 +114,9 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     assert newcomer.digest[:12] in listing
     assert "train.upload" in newcomer.run("site show DIGEST --home st-mary --egress")
     assert "decision     received" in newcomer.run("site show")
+    assert "the contract holds" in newcomer.run("site data check")
+    assert "</html>" in (folder / "st-mary.html").read_text()
+    assert "as the model sees the first 3 rows" in newcomer.run("site data preview")
     text = newcomer.run("site approve DIGEST", "--yes", "--fingerprints-compared")
     for shown in ("purpose", "n = 3, t = 1", "m = 3", "compare      Northgate", "approved"):
         assert shown in text

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tests.bench.result import Result
 
-ALL = ("link", "demo", "ledger", "secagg", "privacy")
+ALL = ("link", "demo", "ledger", "secagg", "privacy", "data")
 
 
 def main(names: list[str]) -> int:

@@ -71,7 +71,6 @@ def change(place: int, cell: str, count: int = 1) -> list[str]:
         (change(3, SECRET, 2), ("sex", "does not know", 2)),
         (change(4, SECRET, 2), ("died", "does not know", 2)),
         (change(4, "1", 40), ("died", "two classes", 1)),
-        (change(1, "", 40), ("age", "no value at all", 40)),
         (change(5, "soon", 2), ("seen", "no date", 2)),
     ],
 )
@@ -114,6 +113,12 @@ def test_a_few_values_outside_the_range_are_a_note(tmp_path: Path) -> None:
     lines[0] = "p0,130,100,f,0,2020-05-01"
     found = report(tmp_path, lines)
     assert [(one.error, one.count) for one in found.findings] == [(False, 1)]
+
+
+def test_a_column_without_a_value_is_a_note(tmp_path: Path) -> None:
+    found = report(tmp_path, change(1, "", 40))
+    assert [(one.error, one.column, one.count) for one in found.findings] == [(False, "age", 40)]
+    assert found.columns[0].absent == 40
 
 
 def test_what_is_wrong_with_rows_is_told(tmp_path: Path) -> None:
