@@ -91,6 +91,7 @@ def _fetched(url: str, path: Path) -> bytes:
 def split(files: dict[str, bytes], seed: int) -> tuple[Rows, list[HospitalRows]]:
     """The public test set, and the rows of each hospital."""
     generator = np.random.default_rng(seed)
+    names = ["patient", *USED, "disease"]
     test: list[list[object]] = []
     parts = []
     for data in files.values():
@@ -99,10 +100,12 @@ def split(files: dict[str, bytes], seed: int) -> tuple[Rows, list[HospitalRows]]
         held_out = round(TEST_SHARE * len(rows))
         test += [rows[at] for at in order[:held_out]]
         kept = [[f"P{place + 1}", *rows[at]] for place, at in enumerate(order[held_out:])]
-        names: tuple[str, ...] = ("patient", *USED, "disease")
-        parts.append(HospitalRows(dict(zip(names, map(list, zip(*kept, strict=True)), strict=True))))
-    columns = dict(zip((*USED, "disease"), map(list, zip(*test, strict=True)), strict=True))
-    return Rows(columns), parts
+        columns: dict[str, list[object]] = {
+            name: list(cells) for name, cells in zip(names, zip(*kept, strict=True), strict=True)
+        }
+        parts.append(HospitalRows(columns))
+    tested = {name: list(cells) for name, cells in zip(names[1:], zip(*test, strict=True), strict=True)}
+    return Rows(tested), parts
 
 
 def _row(cells: list[str]) -> list[object]:

@@ -7,7 +7,7 @@ from common.syntax import MAX_NODES, bare, conjuncts_of, fold, parsed, type_name
 
 
 def test_a_query_is_written_as_it_was_read() -> None:
-    sql = "SELECT pid, (x + 1) AS y FROM extract WHERE (x > 3)"
+    sql = "SELECT pid, (x + 1) AS y FROM visits WHERE (x > 3)"
     assert written(parsed(sql)) == sql
     assert bare(parsed(written(parsed(sql)))) == bare(parsed(sql))
 
@@ -21,16 +21,10 @@ def test_what_is_not_one_select_is_refused(sql: str) -> None:
 
 
 def test_large_and_deep_queries_are_refused() -> None:
-    for sql in (
-        "SELECT " + "(" * 400 + "-x" + ")" * 400 + " FROM t",
-        "SELECT " + " + ".join(["x"] * MAX_NODES) + " FROM t",
-    ):
-        try:
-            parsed(sql)
-        except UsageError as error:
-            assert error.code == "study.contract.query"
     with pytest.raises(UsageError):
         parsed("SELECT " + ", ".join(["x"] * MAX_NODES) + " FROM t")
+    with pytest.raises(UsageError):
+        parsed("SELECT " + "f(" * 900 + "x" + ")" * 900 + " FROM t")
 
 
 def test_names_are_folded_as_duckdb_does() -> None:
