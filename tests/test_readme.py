@@ -13,6 +13,8 @@ import tomli_w
 
 from client.settings import Policy, new_files
 from common import errors
+from common.contract import Contract
+from common.synthetic import write
 from server.processes import Processes, free_port
 from tests.federation import extract_rows, small_study, source_of
 
@@ -169,7 +171,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
 
 
 def test_the_policy_of_the_readme_is_one_in_each_of_its_forms() -> None:
-    (block,) = blocks("toml")
+    block, _ = blocks("toml")
     lines = block.splitlines()
     forms = [line for line in lines if line.lstrip("# ").startswith("source = ")]
     assert len(forms) == 5
@@ -184,6 +186,13 @@ def test_the_policy_of_the_readme_is_one_in_each_of_its_forms() -> None:
         source = policy.data["readmissions"]
         assert source.source in form
         assert source.mapped("crp").unit == "mg/L"
+
+
+def test_the_contract_of_the_readme_is_one(tmp_path: Path) -> None:
+    contract = Contract.from_toml(blocks("toml")[1])
+    assert contract.columns == ("age", "glucose", "diagnoses", "readmitted")
+    assert set(contract.derived) == set(contract.columns)
+    write(contract, 20, 0, tmp_path / "a.csv")
 
 
 def test_the_two_make_commands_exist() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -21,6 +22,7 @@ from common.study import Manifest
 from common.tasks.models import initial_state
 from common.tasks.state import state_bytes
 from tests.client.federation import Federation
+from tests.federation import extract_rows
 
 SECRET = "WARDROUND_TEST_SECRET"
 TIMEOUT_S = 30.0
@@ -256,3 +258,28 @@ def test_an_installation_that_cannot_start_is_a_clear_error(
         running.compute()
     assert caught.value.code == "worker.start"
     assert running.computation._process is None
+
+
+def test_the_rows_of_a_database_reach_the_worker_as_a_copy_that_is_gone(
+    running: Running, tmp_path: Path
+) -> None:
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute("CREATE TABLE t (patient TEXT, age REAL, bmi REAL, readmitted TEXT)")
+        database.executemany("INSERT INTO t VALUES (?, ?, ?, ?)", extract_rows(1))
+    database.close()
+    address, copies = f"sql:sqlite:///{tmp_path}/a.db", tmp_path / "copies"
+    source = DataSource(source=address, patient="patient", table="t", columns=["age", "bmi", "readmitted"])
+    computation = Computation(running.manifest.to_bytes(), source, bytes(32), copies)
+    try:
+        for _ in range(2):
+            assert len(computation.compute(running.state, running.dim, TIMEOUT_S)) == running.dim
+            assert list(copies.iterdir()) == []
+        # It is read once a worker; a new worker of a database that is gone has nothing to compute on.
+        kill(computation)
+        (tmp_path / "a.db").unlink()
+        with pytest.raises(ContractError) as caught:
+            computation.compute(running.state, running.dim, TIMEOUT_S)
+        assert caught.value.code == "source.unreadable"
+        assert list(copies.iterdir()) == []
+    finally:
+        computation.end()

@@ -1,6 +1,7 @@
 """Studies' queries on hospitals' tables: what they make, that patients stay apart, and what stops them."""
 
 import json
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from client.snapshot import local
 from client.sources import engine, query
 from client.sources.extract import Extract, load_table, opened
 from client.sources.source import DataSource
@@ -152,6 +154,26 @@ def test_what_is_not_separable_is_found(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_query_on_a_kind_without_tables_is_refused(tmp_path: Path) -> None:
     held = DataSource(source=f"fhir:{tmp_path}", patient="pid", cohort=str(tmp_path / "c.csv"))
     assert refusal(held, contract("SELECT pid, x, died FROM extract", "x")).code == "source.query"
+
+
+def test_a_query_runs_on_the_copy_of_a_database(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute("CREATE TABLE t (id INTEGER, x REAL, sex TEXT, died INTEGER, note TEXT)")
+        database.executemany(
+            "INSERT INTO t VALUES (?, ?, ?, ?, 'kept')",
+            [(1, 1.5, "w", 0), (1, 4.0, "w", 1), (2, 2.0, "m", 0)],
+        )
+    database.close()
+    held = DataSource(
+        source=f"sql:sqlite:///{tmp_path}/a.db", patient="pid", table="t", columns=["x", "sex", "died"],
+        map={"pid": {"column": "id"}, "sex": {"codes": {"w": "f"}}},  # type: ignore[dict-item]
+    )  # fmt: skip
+    sql = "SELECT pid, sex, max(x) AS x, max(died) AS died FROM extract GROUP BY pid, sex"
+    made = contract(sql, "x", "sex")
+    with local(held, made, tmp_path / "copies") as copy:
+        assert sorted(rows(copy, made)) == [("1", "f", 4.0, 1), ("2", "m", 2.0, 0)]
+        wrong = contract(sql.replace("max(x)", "max(note)"), "x", "sex")
+        assert refusal(copy, wrong).code == "contract.query"
 
 
 # Separability: random tables, random queries ------------------------------------------------------------
