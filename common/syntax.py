@@ -8,8 +8,6 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final, NoReturn, TypeAlias
 
-import duckdb
-
 from common.errors import UsageError
 
 CODE: Final = "study.contract.query"
@@ -86,6 +84,9 @@ WINDOW: Final = frozenset({
 
 def parsed(sql: str) -> Node:
     """DuckDB's syntax tree of the one statement in ``sql``."""
+    # Imported here: whoever checks a study without a query needs no database.
+    import duckdb
+
     with duckdb.connect(":memory:") as connection:
         try:
             query = "SELECT json_serialize_sql(?::VARCHAR, skip_null := true, skip_empty := true)"
@@ -117,6 +118,8 @@ def _is_small(root: Node) -> bool:
 
 def written(root: Node) -> str:
     """The query of a tree."""
+    import duckdb
+
     with duckdb.connect(":memory:") as connection:
         found = connection.execute("SELECT json_deserialize_sql(?::JSON)", [json.dumps(root)]).fetchone()
     return str((found or ("",))[0])

@@ -61,7 +61,7 @@ def check_derived(source: DataSource, contract: Contract) -> None:
             raise ContractError("source.column", problem, remedy=remedy)
 
 
-def derive(
+def make_extract(
     connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Contract, remedy: str
 ) -> None:
     """From the staged tables, which are dropped, to ``extract``.

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import duckdb
 
-from client.sources.derived import check_derived, codes_of, derive
+from client.sources.derived import check_derived, codes_of, make_extract
 from client.sources.engine import execute, quoted, regular_file
 from client.sources.source import DataSource
 from common.contract import Contract
@@ -144,7 +144,7 @@ def fill(connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Co
     for what in sorted(wanted & _RECORDS.keys()):
         _stage(connection, source, contract, what)
     connection.execute("DROP TABLE fhir")
-    derive(connection, source, contract, REMEDY)
+    make_extract(connection, source, contract, REMEDY)
 
 
 def _part(place: int) -> str:

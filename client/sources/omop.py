@@ -15,7 +15,7 @@ import duckdb
 import sqlalchemy as sa
 
 from client.sources import databases
-from client.sources.derived import check_derived, derive
+from client.sources.derived import check_derived, make_extract
 from client.sources.engine import execute, identifier, quoted, regular_file
 from client.sources.source import DataSource
 from common.contract import Contract
@@ -70,7 +70,7 @@ def fill(connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Co
             f"CASE unit_concept {_CASES} ELSE unit END AS unit FROM staged_{domain}"
         )
         execute(connection, query, what=source.where, remedy=REMEDY)
-    derive(connection, source, contract, REMEDY)
+    make_extract(connection, source, contract, REMEDY)
 
 
 def _query(name: str, source: DataSource, contract: Contract) -> str:

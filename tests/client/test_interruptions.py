@@ -252,7 +252,7 @@ def busy(
         computation = sites[1]._runs[hub.man].computation
         # A round is charged only for a worker that has started; a newer one ends a worker that has proven itself.
         assert computation.started(TIMEOUT_S)
-        process = computation._proven = computation._loaded(threading.Event())
+        process = computation._proven = computation._loaded(threading.Event(), threading.Event())
         found.pid = process.pid
         os.kill(found.pid, signal.SIGSTOP)
     found.begin()

@@ -133,10 +133,12 @@ def test_folders_are_made_once_and_closed_to_others(tmp_path: Path) -> None:
 def test_every_path_is_inside_the_folder_and_secrets_of_runs_are_apart(tmp_path: Path) -> None:
     home = SiteHome(tmp_path)
     paths = [path for name, path in vars(home).items() if name != "folder"] + [home.study("ab" * 32)]
-    assert len(set(paths)) == len(paths) == 14
+    assert len(set(paths)) == len(paths) == 15
     assert all(tmp_path in path.parents for path in paths)
     assert not any(
-        path.parent == home.runs.parent for path in paths if path not in (home.runs, home.ledger_mark)
+        path.parent == home.runs.parent
+        for path in paths
+        if path not in (home.runs, home.ledger_mark, home.copies)
     )
 
 
