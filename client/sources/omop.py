@@ -1,7 +1,7 @@
 """An OMOP common data model: the members of one cohort and what a contract derives for each, as ``extract``.
 
 Source: OMOP CDM 5.4 (tables cohort, person, measurement, condition_occurrence, drug_exposure,
-visit_occurrence); the SQL is in ``sql/``, a file a table, in words that PostgreSQL and DuckDB share. Rules:
+visit_occurrence); the SQL is in ``sql/``, in words that PostgreSQL and DuckDB share. Rules:
 one row a member and index date; each column depends on that patient's records alone; only what the contract
 names of the cohort is read; a value whose unit is not known is absent. A concept counts as itself: its
 descendants are those that the contract lists.
@@ -23,10 +23,17 @@ from common.errors import ContractError
 
 REMEDY: Final = "Check that the tables are those of OMOP CDM 5.4, and that they can be read."
 _TABLES: Final = {
-    "condition": "condition_occurrence",
-    "drug": "drug_exposure",
-    "measurement": "measurement",
-    "visit": "visit_occurrence",
+    "condition": ("condition_occurrence", "condition_start_date", "condition_concept_id"),
+    "drug": ("drug_exposure", "drug_exposure_start_date", "drug_concept_id"),
+    "measurement": ("measurement", "measurement_date", "measurement_concept_id"),
+    "visit": ("visit_occurrence", "visit_start_date", "visit_concept_id"),
+}
+"""Each kind of record: its table, and the columns of its date and concept."""
+
+_MEASURED: Final = {
+    "value": "e.value_as_number",
+    "unit_concept": "e.unit_concept_id",
+    "unit": "e.unit_source_value",
 }
 NONE: Final = -1
 """A concept that no record has."""
@@ -52,7 +59,7 @@ def fill(connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Co
         raise ContractError("source.cohort", problem, remedy=remedy)
     check_derived(source, contract)
     domains = sorted({derived.what for derived in contract.derived.values()} & _TABLES.keys())
-    tables = {"cohort": "cohort", "person": "person"} | {domain: _TABLES[domain] for domain in domains}
+    tables = {"cohort": "cohort", "person": "person"} | {domain: _TABLES[domain][0] for domain in domains}
     queries = {name: _query(name, source, contract) for name in tables}
     if source.on_server:
         databases.read(
@@ -75,14 +82,22 @@ def fill(connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Co
 
 def _query(name: str, source: DataSource, contract: Contract) -> str:
     """The SQL that reads one table: digits and the contract's integers are all that is put into it."""
+    if name not in _TABLES:
+        return _sql(name).format(cohort=int(source.cohort))
+    table, date, concept = _TABLES[name]
     wanted = [derived for derived in contract.derived.values() if derived.what == name]
     concepts = sorted({NONE, *(concept for derived in wanted for concept in derived.omop)})
-    return _sql(name).format(
+    measured = _MEASURED if name == "measurement" else dict.fromkeys(_MEASURED, "NULL")
+    return _sql("records").format(
         cohort=int(source.cohort),
+        table=table,
+        date=date,
+        concept=concept,
         every=int(not all(derived.omop for derived in wanted)),
         concepts=", ".join(map(str, concepts)),
         first=min((derived.days[0] for derived in wanted), default=0),
         last=max((derived.days[1] for derived in wanted), default=0),
+        **measured,
     )
 
 
