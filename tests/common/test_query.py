@@ -1,5 +1,6 @@
 """Which queries of studies are accepted, and the reasons of all others."""
 
+import duckdb
 import pytest
 
 from common.errors import UsageError
@@ -232,3 +233,35 @@ def test_every_expression_runs_inside_try() -> None:
     for part in ("TRY((e.x + 1))", "TRY((e.x < v.x))", "TRY(((e.age / 2) > 1))"):
         assert part in made
     assert "TRY((e.pid = v.pid))" not in made
+
+
+def test_a_struct_does_not_stand_for_a_table() -> None:
+    """Nor an alias for a column: whose rows they are is the patient column of the table, whatever else has that name."""
+    with duckdb.connect(":memory:") as connection:
+        rows = (
+            "SELECT 'p1' AS pid, {'pid': 'other'} AS s, 1 AS died UNION ALL SELECT 'p2', {'pid': 'other'}, 2"
+        )
+        connection.execute(f"CREATE TABLE extract AS {rows}")
+        connection.execute(
+            "CREATE TABLE visits AS SELECT 'p1' AS pid, 'A' AS ward, {'pid': 'other', 'ward': 'z'} AS e"
+        )
+        for sql, expected in (
+            ("SELECT s.pid, s.died FROM extract AS s", [("p1", 1), ("p2", 2)]),
+            (
+                "SELECT s.pid, s.died FROM (SELECT pid, {'pid': 'q'} AS s, died FROM extract) AS s",
+                [("p1", 1), ("p2", 2)],
+            ),
+            ("SELECT e.pid, e.ward FROM visits AS e", [("p1", "A")]),
+            (
+                "SELECT pid, count(*) AS n FROM extract a LEFT JOIN visits b USING (pid) GROUP BY pid",
+                [("p1", 1), ("p2", 1)],
+            ),
+            (
+                "SELECT pid, a.died FROM extract a LEFT JOIN (visits b JOIN visits c USING (pid)) USING (pid)",
+                [("p1", 1), ("p2", 2)],
+            ),
+        ):
+            _, made = check_query(
+                sql, "pid", {}, {"extract": ("pid", "s", "died"), "visits": ("pid", "ward", "e")}
+            )
+            assert sorted(connection.execute(made).fetchall()) == expected, sql
