@@ -52,14 +52,18 @@ def write(contract: Contract, rows: int, seed: int, out: Path) -> None:
     columns: dict[str, _Column] = dict(_columns(contract, rows, generator))
     if MARK not in columns:
         columns[MARK] = ("true",) * rows
-    names = ", ".join('"' + name.replace('"', '""') + '"' for name in columns)
+    chosen = []
+    for at, (name, column) in enumerate(columns.items()):
+        kind = "DOUBLE" if any(isinstance(cell, float) for cell in column) else "VARCHAR"
+        quoted = name.replace('"', '""')
+        chosen.append(f'CAST(c{at} AS {kind}) AS "{quoted}"')
     with duckdb.connect(":memory:") as connection:
         arrays = {f"c{at}": np.array(column, dtype=object) for at, column in enumerate(columns.values())}
         connection.register("made", arrays)
         path = str(out).replace("'", "''")
         try:
-            connection.execute(f"CREATE VIEW named({names}) AS FROM made")
-            connection.execute(f"COPY (FROM named) TO '{path}' (FORMAT {FORMATS[out.suffix]})")
+            rows_of = f"SELECT {', '.join(chosen)} FROM made"
+            connection.execute(f"COPY ({rows_of}) TO '{path}' (FORMAT {FORMATS[out.suffix]})")
         except duckdb.IOException as error:
             remedy = "Name a file in a folder that exists and can be written to."
             raise UsageError("output.file", f"{out} cannot be written", remedy=remedy) from error

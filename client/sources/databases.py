@@ -209,7 +209,14 @@ def _database(source: DataSource) -> sa.Engine:
         # libpq by itself would take a connection without TLS, and any certificate.
         query = {"sslrootcert": "system", **query, "sslmode": "verify-full"}
     address = address.set(drivername="postgresql+psycopg", query=query)
-    secret = {"password": password.decode("utf-8", "strict").rstrip("\r\n")} if password else {}
+    try:
+        text = password.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        text = ""
+    if password and not text:
+        problem = f"{source.password_file} holds no password in UTF-8"
+        raise ContractError("source.password", problem, remedy="Write the password alone into it.")
+    secret = {"password": text} if text else {}
     return sa.create_engine(
         address, poolclass=sa.NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_S, **secret}
     )

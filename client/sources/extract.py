@@ -242,6 +242,9 @@ class Extract:
         types = self.types
         if name not in types:
             raise ContractError("source.column", f"{self.source.where} has no column {name!r}")
+        if types[name] == '"NULL"':
+            # A column without a single value may have no type either.
+            return "CAST(NULL AS VARCHAR)", "VARCHAR"
         return identifier(name), types[name]
 
     def _wrong_type(self, name: str, kind: str, needed: str) -> ContractError:

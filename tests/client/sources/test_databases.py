@@ -148,6 +148,16 @@ def test_a_password_file_must_be_closed_to_others(tmp_path: Path) -> None:
     assert str(file) in caught.value.problem
 
 
+def test_a_password_that_is_no_text_is_refused_without_showing_it(tmp_path: Path) -> None:
+    file = tmp_path / "pw"
+    for content in (SECRET.encode("latin-1"), b"\n"):
+        file.write_bytes(content)
+        file.chmod(0o600)
+        address = "sql:postgresql://u@127.0.0.1:1/d"
+        held = DataSource(source=address, patient="pid", table="t", password_file=str(file))
+        assert refusal(held).code == "source.password"
+
+
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     source = sqlite(tmp_path, SCRIPT)
     (tmp_path / NAME).write_bytes(SECRET.encode() * 500)

@@ -426,6 +426,12 @@ def test_columns_of_another_type_are_refused(tmp_path: Path, column: str, sql: s
     assert kind in error.problem
 
 
+def test_a_column_without_any_value_is_absent(tmp_path: Path) -> None:
+    select = "SELECT 'p1' AS pid, 50 AS age, NULL AS crp, NULL AS \"chest pain\", 1 AS died"
+    table = load(parquet(tmp_path / "a.parquet", select), "parquet")
+    assert table.x.tolist() == [[0.0, 0.0, 0.0, 0.0, 0.0]]
+
+
 def test_memory_that_does_not_suffice_is_no_fault_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
