@@ -90,6 +90,10 @@ def execute(
         failure = ContractError(
             "source.malformed", f"{place} cannot be read as what it should be", remedy=remedy
         )
+        if "No space left" in str(error):
+            problem = f"the rows of {what} do not fit onto the disk"
+            remedy = "Free space in the folder for temporary files, or set TMPDIR for the agent."
+            failure = FailureError("source.scratch", problem, remedy=remedy)
     # Raised outside of the handlers, so that the message is not in its context either.
     raise failure
 

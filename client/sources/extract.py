@@ -5,8 +5,9 @@ whatever the source is, it becomes one table ``extract`` whose files are then ou
 into the contract's by SQL, a cell never fails; the order of rows, batches and files changes nothing.
 """
 
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,16 @@ from numpy.typing import NDArray
 from client.sources import engine, files
 from client.sources.engine import identifier, quoted
 from client.sources.source import DataSource
-from client.sources.table import NO_ID, ROUNDED, Part, Table, allocated, build_table, in_part
+from client.sources.table import (
+    IN_MEMORY_SIZE_BYTES,
+    NO_ID,
+    ROUNDED,
+    Part,
+    Table,
+    allocated,
+    build_table,
+    in_part,
+)
 from common.contract import Category, Contract, Events, Feature, Image, Label, Number, Series, Text, Values
 from common.contract.cells import BLANKS, NUMBER, UNUSABLE
 from common.contract.units import factor
@@ -275,8 +285,15 @@ def opened(source: DataSource, contract: Contract) -> Iterator[Extract]:
     before = [_identity(path) for path in real]
     # DuckDB looks for the log of a database file beside it.
     logs = [Path(f"{path}.wal") for path in real if kind in ("duckdb", "omop")]
-    with engine.connect([*real, *logs], folders) as connection:
-        row = _filled(connection, source, contract)
+    with ExitStack() as stack:
+        scratch = ""
+        large = kind in ("csv", "ndjson") and real[0].stat().st_size > IN_MEMORY_SIZE_BYTES
+        if large and not contract.query:
+            # Without a name from the start: nothing of it stays, however the process ends.
+            scratch = f"/proc/self/fd/{stack.enter_context(tempfile.TemporaryFile()).fileno()}"
+            logs.append(Path(scratch))
+        connection = stack.enter_context(engine.connect([*real, *logs], folders))
+        row = _filled(connection, source, contract, scratch)
         # A query was given the contract's codes already.
         source = source.recoded() if contract.query else source
         yield Extract(connection, source, contract, row)
@@ -299,10 +316,12 @@ def _places(source: DataSource, contract: Contract) -> tuple[list[Path], list[Pa
     return [source.path, *paths], []
 
 
-def _filled(connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Contract) -> str:
+def _filled(
+    connection: duckdb.DuckDBPyConnection, source: DataSource, contract: Contract, scratch: str
+) -> str:
     """Make ``extract`` and lock the connection; the column that numbers the rows."""
     kind = source.kind
-    copied = kind != "parquet" or bool(contract.query)
+    copied = not scratch and (kind != "parquet" or bool(contract.query))
     if contract.query:
         wanted = list(dict.fromkeys((contract.patient, *source.columns)))
         for table, where in (("extract", source.source), *source.tables.items()):
@@ -311,7 +330,7 @@ def _filled(connection: duckdb.DuckDBPyConnection, source: DataSource, contract:
     elif kind in files.KINDS:
         window = () if contract.window is None else (contract.window.column,)
         wanted = list(dict.fromkeys((contract.patient, *contract.columns, *window)))
-        files.fill(connection, source, wanted, copied=copied)
+        files.fill(connection, source, wanted, copied=copied, scratch=scratch)
     elif kind == "omop":
         from client.sources import omop
 

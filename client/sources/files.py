@@ -43,12 +43,14 @@ def fill(
     copied: bool,
     table: str = "extract",
     partly: bool = False,
+    scratch: str = "",
 ) -> None:
     """Make ``table`` with the columns ``wanted``, by their names in contracts, as they are in the file.
 
     ``partly``: of those after the first, only what the file has. A Parquet file that is not ``copied``
-    becomes a view with the further column ``file_row_number``, so that it may be larger than memory. Raises
-    ContractError.
+    becomes a view with the further column ``file_row_number``, so that it may be larger than memory; so does
+    another file whose rows are written as Parquet to the path ``scratch``. Raises ContractError,
+    FailureError.
     """
     file, kind = source.path.resolve(), source.kind
     if kind == "duckdb":
@@ -66,7 +68,17 @@ def fill(
         if not place or not partly or own in (names or columns):
             at = _only(own, names or columns, what)
             chosen.append(f"{identifier(columns[at])} AS {identifier(name)}")
-    streamed = kind == "parquet" and not copied
+    if scratch:
+        path = quoted(scratch)
+        rows = (
+            f"COPY (SELECT {', '.join(chosen)} FROM {reader}) TO {path} (FORMAT parquet, USE_TMP_FILE false)"
+        )
+        execute(connection, rows, what=what, remedy=remedy)
+        # Parquet forgets that a text is JSON.
+        types = "JSON" if kind == "ndjson" else "VARCHAR"
+        chosen = [f"CAST({identifier(name)} AS {types}) AS {identifier(name)}" for name in wanted]
+        reader = f"read_parquet({path}, hive_partitioning = false, file_row_number = true)"
+    streamed = bool(scratch) or (kind == "parquet" and not copied)
     if streamed:
         chosen.append(ROW)
     made = "VIEW" if streamed else "TABLE"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from client.sources import engine, files
+from client.sources import engine, extract, files
 from client.sources.extract import load_table
 from client.sources.source import DataSource
 from client.sources.table import Table
@@ -261,6 +261,45 @@ def test_ndjson_agrees_with_csv(tmp_path: Path, rows: list[tuple[Any, str]]) -> 
     (tmp_path / "a.csv").write_text("pid,hb,sex,died\n" + body)
     found: list[NDArray[np.float64]] = [load(tmp_path / f"a.{kind}", kind).x for kind in ("ndjson", "csv")]
     np.testing.assert_array_equal(*found)
+
+
+LINES = [
+    {"pid": f"p{i % 30}", "hb": [None, 13.5, "x", -0.0][i % 4], "sex": "weiblich", "died": str(i % 2)}
+    for i in range(90)
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "ndjson"])
+def test_files_larger_than_memory_are_streamed(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        rows = (",".join("" if cell is None else str(cell) for cell in line.values()) for line in LINES)
+        path.write_text("pid,hb,sex,died\n" + "\n".join(rows) + "\n")
+    else:
+        path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    contract = CONTRACT.model_copy(update={"rows_per_patient": 2})
+    whole = load(path, kind, contract)
+    monkeypatch.setattr(extract, "IN_MEMORY_SIZE_BYTES", 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    streamed = load(path, kind, contract)
+    assert streamed.ids == whole.ids
+    for name in ("x", "y", "patient_index"):
+        assert getattr(streamed, name).tobytes() == getattr(whole, name).tobytes()
+    # The scratch file never had a name.
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_full_disk_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("pid,hb,sex,died\np1,1,weiblich,0\n" * 1)
+    source = DataSource(source=f"csv:{path}", patient="pid")
+    with engine.connect([path, Path("/dev/full")]) as connection, pytest.raises(FailureError) as caught:
+        files.fill(connection, source, ["pid", "hb"], copied=False, scratch="/dev/full")
+    assert caught.value.code == "source.scratch"
+    assert caught.value.__context__ is None
 
 
 def test_a_file_that_is_not_text_at_all_is_one_sentence(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from client.snapshot import local
 from client.sources import engine, query
 from client.sources.extract import Extract, load_table, opened
 from client.sources.source import DataSource
-from common.contract import Category, Contract, Label, Number, PublicTable
+from common.contract import Category, Contract, Label, Number, PublicTable, Series
 from common.errors import ContractError, FailureError
 from common.query import check_query
 
@@ -149,6 +149,26 @@ def test_what_is_not_separable_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(query, "check_query", lambda *_: (("pid", "x", "died"), sql))
     held = source(tmp_path, VISITS, [{"pid": f"p{i}", "died": i % 2} for i in range(40)])
     assert refusal(held, contract("SELECT 1", "x")).code == "contract.query-mixes"
+
+
+def test_a_long_table_becomes_a_series(tmp_path: Path) -> None:
+    visits = [{"pid": "p1", "day": day, "x": x} for day, x in ((2, 7), (0, 4), (9, 1), ("x", 3))]
+    sql = (
+        "WITH v AS (SELECT pid, CAST(day AS DOUBLE) AS t, CAST(x AS DOUBLE) AS v FROM visits), "
+        "l AS (SELECT pid, list({'t': t, 'v': v} ORDER BY {'t': t, 'v': v}) AS x FROM v GROUP BY pid) "
+        "SELECT e.pid, l.x, e.died FROM extract e LEFT JOIN l ON e.pid = l.pid"
+    )
+    channel = Number(kind="number", name="x", unit="1", minimum=0.0, maximum=10.0)
+    made = Contract(
+        patient="pid",
+        features=(Series(kind="series", name="s", steps=3, channels=(channel,)),),
+        label=LABEL,
+        query=sql,
+    )
+    table = load_table(source(tmp_path, visits, PATIENTS), made, key=bytes(32))
+    first = table.x[table.ids.index("p1")].reshape(3, 2)
+    assert [round((value + 1) * 5, 6) if there else None for value, there in first] == [4.0, None, 7.0]
+    assert not table.x[table.ids.index("p2")].reshape(3, 2)[:, 1].any()
 
 
 def test_a_query_on_a_kind_without_tables_is_refused(tmp_path: Path) -> None:
