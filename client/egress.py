@@ -57,6 +57,7 @@ def text(found: tuple[Leaving, ...]) -> str:
     lines = [f"{'message':<16} {'leaves':<24} {'bytes, at most':>15}  fields"]
     for one in found:
         times = one.when if one.times is None else f"{one.when}, {one.times} times"
+        times = times.replace(", 1 times", ", once")
         size = f"{one.size_bytes + one.payload_bytes:,}"
         first, *more = one.fields
         lines.append(f"{one.message:<16} {times:<24} {size:>15}  {first}")
@@ -69,7 +70,7 @@ def _leaving(kind: Kind, params: RunParams) -> Leaving:
         *(messages.HEAD, messages.COSIGN, messages.COSIGNED, messages.RESULT),
     )
     if kind is messages.UPLOAD:
-        when, times = "each attempt of a round", params.rounds_max * params.attempts
+        when, times = "each attempt", params.rounds_max * params.attempts
     elif per_round:
         when, times = "each round", params.rounds_max
     elif kind in _ONCE:
