@@ -91,7 +91,7 @@ def preview(study: Study, home: SiteFolder, data: Source = "", as_json: JsonFlag
         lines.append(f"  {places[at]:<40} " + "  ".join(f"{value:>8.4f}" for value in x[:PREVIEW_ROWS, at]))
     if shown < len(places):
         lines.append(f"  and {len(places) - shown} more numbers a row")
-    classes = [contract.label.classes[place] if place >= 0 else "none" for place in y[:PREVIEW_ROWS]]
+    classes = [contract.label.said(int(label)) for label in y[:PREVIEW_ROWS]]
     lines.append(f"  {contract.label.name:<40} " + "  ".join(f"{text:>8}" for text in classes))
     rows = np.round(x[:PREVIEW_ROWS], 6).tolist()
     return Outcome("\n".join(lines), {"coordinates": places, "rows": rows, "classes": classes})

@@ -12,7 +12,20 @@ from typing import Final, Literal, TypeAlias
 from client.sources.engine import identifier, quoted
 from client.sources.extract import Extract, opened
 from client.sources.source import DataSource
-from common.contract import Category, Contract, Events, Feature, Image, Label, Number, Series, Text
+from common.contract import (
+    Amount,
+    AnyLabel,
+    Category,
+    Contract,
+    Events,
+    Feature,
+    Image,
+    NoLabel,
+    Number,
+    Series,
+    Text,
+    TimeToEvent,
+)
 from common.contract.units import UNITS, factor
 from common.errors import ContractError
 
@@ -88,8 +101,8 @@ def check(source: DataSource, contract: Contract) -> Report:
         numbers = extract.run(
             "SELECT count(*), count(*) FILTER (WHERE p IS NULL), "
             "count(*) FILTER (WHERE p IS NOT NULL AND NOT i), "
-            "count(DISTINCT CASE WHEN i AND y >= 0 THEN p END) FROM "
-            f"(SELECT {extract.patient} AS p, {extract.inside} AS i, {extract.label} AS y FROM extract)"
+            "count(DISTINCT CASE WHEN i AND u THEN p END) FROM "
+            f"(SELECT {extract.patient} AS p, {extract.inside} AS i, {extract.usable} AS u FROM extract)"
         ).fetchall()[0]
         rows, nameless, outside, patients = map(int, numbers)
         report = Report(source.where, rows, patients)
@@ -108,7 +121,7 @@ def _of_rows(extract: Extract, rows: int, nameless: int, outside: int, patients:
         yield Finding("completeness", True, "", "it has no rows", 0, "Export it again.")
         return
     if not patients:
-        rule = "no row has a patient, a known class and a date inside the window"
+        rule = "no row has a patient, a known label and a date inside the window"
         yield Finding(
             "completeness", True, "", rule, rows, "Check the patient column, the label and the window."
         )
@@ -159,7 +172,7 @@ def _add(report: Report, extract: Extract, feature: Feature) -> None:
     if isinstance(feature, Number):
         _add_number(report, extract, feature.name, feature)
     elif isinstance(feature, Category):
-        _add_codes(report, extract, feature, feature.codes)
+        _add_codes(report, extract, feature.name, feature.codes)
     elif isinstance(feature, Series) and feature.wide:
         for name in feature.columns:
             channel = next(c for c in feature.channels if name.startswith(f"{c.name}_"))
@@ -234,11 +247,9 @@ def _likely_unit(extract: Extract, name: str, number: Number) -> str:
     return fitting[0] if len(fitting) == 1 else ""
 
 
-def _add_codes(
-    report: Report, extract: Extract, column: Category | Label, codes: tuple[str, ...]
-) -> dict[int, int]:
+def _add_codes(report: Report, extract: Extract, name: str, codes: tuple[str, ...]) -> dict[int, int]:
     """Add how often each code occurs; the counts by place, -1 for unknown ones."""
-    name, present = column.name, extract.present(column.name)
+    present = extract.present(name)
     found = extract.run(
         f"SELECT {extract.code(name, codes)} AS c, count(*) FILTER (WHERE {present}), "
         f"count(*) FILTER (WHERE NOT {present}) FROM extract GROUP BY c"
@@ -256,16 +267,28 @@ def _add_codes(
     return counts
 
 
-def _add_label(report: Report, extract: Extract, label: Label) -> None:
-    counts = _add_codes(report, extract, label, label.classes)
-    there = [place for place in range(len(label.classes)) if counts.get(place)]
-    absent = len(label.classes) - len(there)
+def _add_label(report: Report, extract: Extract, label: AnyLabel) -> None:
+    if isinstance(label, NoLabel):
+        return
+    if isinstance(label, Amount):
+        _add_number(report, extract, label.name, label)
+        return
+    if isinstance(label, TimeToEvent):
+        # Whoever is followed past the grid is no mistake.
+        time = Number(kind="number", name=label.name, unit=label.unit, minimum=0.0, maximum=1e9)
+        _add_number(report, extract, label.name, time)
+    name, codes = (
+        (label.event, label.codes) if isinstance(label, TimeToEvent) else (label.name, label.classes)
+    )
+    counts = _add_codes(report, extract, name, codes)
+    there = [place for place in range(len(codes)) if counts.get(place)]
+    absent = len(codes) - len(there)
     if len(there) < 2:
         rule, remedy = "fewer than two classes occur; classes that do", "Check the label's column and codes."
-        report.findings.append(Finding("plausibility", True, label.name, rule, len(there), remedy))
+        report.findings.append(Finding("plausibility", True, name, rule, len(there), remedy))
     elif absent:
         rule, remedy = "classes that do not occur", "None is needed if that is so."
-        report.findings.append(Finding("plausibility", False, label.name, rule, absent, remedy))
+        report.findings.append(Finding("plausibility", False, name, rule, absent, remedy))
 
 
 def _add_list(report: Report, extract: Extract, feature: Series | Events | Text, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Final
 
 from common.contract import Contract
 from common.errors import UsageError
+from common.methods import RandomForest, Statistics
 from common.privacy.clipping import weight_limit
 from common.privacy.events import Event
 from common.privacy.gate import (
@@ -30,13 +31,14 @@ from common.query import check_query
 from common.secagg.codec import fits, quantise
 from common.secagg.params import MAX_WORDS
 from common.study import Codec, DifferentialPrivacy, Manifest, Study
+from common.tasks import forest, statistics
 from common.tasks.models import initial_norm
+from common.tasks.models.fit import fit
+from common.tasks.models.fit import misfit as _refusal
 from common.tasks.models.layout import Layout, layout, layout_digest, size
 
 TASK: Final = "training"
 MAX_PATIENT_WORDS: Final = 1 << 27
-REMEDY: Final = "Change the study and submit it again; its digest changes with it."
-
 _NO_ID: Final = "0" * 32
 _PRIVACY_FIELDS: Final = {
     "privacy.eta": "privacy.max_patients",
@@ -132,10 +134,8 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
     if now_minute is not None and now_minute >= study.expires:
         raise _refusal("expires", f"the study expired at {study.expires}")
     _check_query(study.contract)
-    if study.contract.tokens:
-        # Tokens are names, not amounts: only an embedding can read them.
-        rule = f"{study.contract.tokens[0]!r} gives tokens, which {study.model.kind} cannot read"
-        raise _refusal("contract.features", rule, 'Use form = "bag" for it.')
+    fit(study.model, study.contract)
+    _check_counting(study)
     tensors = layout(study.model, study.contract)
     dim = size(tensors)
     if dim > MAX_WORDS:
@@ -185,7 +185,9 @@ def _gate_params(study: Study, dim: int) -> GateParams | PlainParams:
             max_patients=privacy.max_patients,
             arithmetic=privacy.arithmetic,
             mode=training.mode,
-            terms_per_patient=study.contract.rows_per_patient if training.engine == "bookkeeping" else 1,
+            terms_per_patient=1
+            if study.counts or training.engine != "bookkeeping"
+            else study.contract.rows_per_patient,
             minimum=study.aggregation.minimum_hospitals,
             clamp=study.aggregation.codec.range if training.mode == "shared-noise" else None,
         )
@@ -216,10 +218,13 @@ def _check_arithmetic(study: Study) -> None:
         )
     if not isinstance(privacy, DifferentialPrivacy) or privacy.arithmetic != "f64_bounded":
         return
-    if study.model.kind != "logistic_regression":
+    if study.counts:
+        # Each patient's vector exists before the sum, and no product is shared by patients.
+        return
+    if study.model.kind != "logistic_regression" or contract.label.kind != "classes":
         raise _refusal(
             "privacy.arithmetic",
-            "f64_bounded is derived for logistic_regression alone",
+            "f64_bounded is derived for logistic_regression of classes and for counts alone",
             'Use arithmetic = "f32_assumed"; reports list it as an assumption.',
         )
     limit = weight_limit(privacy.max_patients, privacy.clip_norm, contract.rows_per_patient, contract.width)
@@ -229,6 +234,31 @@ def _check_arithmetic(study: Study) -> None:
             f"the bound on rounding errors holds for models of norm up to {limit:.6g} only",
             "Lower state_norm_bound, or use arithmetic f32_assumed.",
         )
+
+
+def _check_counting(study: Study) -> None:
+    """Counts are one sum: nothing descends, and no count may be cut by clipping."""
+    model, training, privacy = study.model, study.training, study.privacy
+    if not isinstance(model, RandomForest | Statistics):
+        return
+    stated: dict[str, tuple[object, object]] = {
+        "rounds": (training.rounds, 1),
+        "steps": (training.steps, 1),
+        "sampling": (training.sampling, "full"),
+        "learning_rate": (training.learning_rate, 1.0),
+        "server.strategy": (training.server.strategy, "fedavg"),
+    }
+    for field, (found, needed) in stated.items():
+        if found != needed:
+            raise _refusal(f"training.{field}", f"must be {needed!r} for {model.kind}, a single sum")
+    rows = study.contract.rows_per_patient
+    needed_norm = (
+        forest.bound(model, rows)
+        if isinstance(model, RandomForest)
+        else statistics.bound(model, study.contract)
+    )
+    if isinstance(privacy, DifferentialPrivacy) and privacy.clip_norm < needed_norm:
+        raise _refusal("privacy.clip_norm", f"must be at least {needed_norm:.9g}, else counts would be cut")
 
 
 def _check_codec(study: Study, shares: Sequence[int]) -> None:
@@ -245,7 +275,3 @@ def _check_codec(study: Study, shares: Sequence[int]) -> None:
 
 def _quantised(values: Vector, *, codec: Codec, entropy: Callable[[int], bytes] | None) -> Integers:
     return quantise(values, codec.step, codec.range, codec.rounding, entropy)
-
-
-def _refusal(path: str, rule: str, remedy: str = "") -> UsageError:
-    return UsageError(f"study.{path}", f"{path}: {rule}", remedy=remedy or REMEDY, path=path)

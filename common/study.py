@@ -19,6 +19,7 @@ from common.contract import LARGEST, LISTED, STRICT, Contract, Line, broken, ref
 from common.encoding import canonical_json, digest, labelled, parse_canonical_json
 from common.errors import UsageError, VerificationError
 from common.identity import MAX_ID, check_name, key_bytes, key_text, public_key, sign, verify
+from common.methods import COUNTING, FedAvg, Model, Server
 from common.secagg.params import MAX_ATTEMPTS, MAX_MEMBERS, MAX_ROUNDS, smallest_cohort
 
 MAX_MANIFEST_BYTES: Final = 1 << 20
@@ -65,77 +66,12 @@ Statement: TypeAlias = Annotated[Line, Field(min_length=1)]
 Key: TypeAlias = Annotated[str, AfterValidator(_key)]
 Seconds: TypeAlias = Annotated[int, Field(ge=1, le=86_400)]
 Measure: TypeAlias = Annotated[float, Field(ge=1e-12, le=1e12)]
-Width: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
-Rate: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e6)]
-Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
-Tau: TypeAlias = Annotated[float, Field(ge=1e-12, le=1e3)]
 
 WITHOUT_MASKS: Final = "none_hub_sees_every_update"
 
 
 class _Table(BaseModel):
     model_config = STRICT
-
-
-class LogisticRegression(_Table):
-    """Multinomial logistic regression."""
-
-    kind: Literal["logistic_regression"]
-
-
-class Mlp(_Table):
-    """Fully connected layers: widths ``hidden``, an ``activation`` after each, then one for the classes."""
-
-    kind: Literal["mlp"]
-    hidden: Annotated[tuple[Width, ...], LISTED, Field(min_length=1, max_length=4)]
-    activation: Literal["relu", "tanh", "gelu"] = "relu"
-
-
-class FedAvg(_Table):
-    """The next model is the mean of the hospitals' models (McMahan et al., arXiv 1602.05629)."""
-
-    strategy: Literal["fedavg"]
-
-
-class FedAvgM(_Table):
-    """A step of ``learning_rate`` along the mean change with ``momentum`` (Hsu et al., arXiv 1909.06335)."""
-
-    strategy: Literal["fedavgm"]
-    learning_rate: Rate = 1.0
-    momentum: Decay = 0.0
-
-
-class _Adaptive(_Table):
-    learning_rate: Rate = 0.1
-    tau: Tau = 1e-3
-
-
-class _Moments(_Adaptive):
-    beta_1: Decay = 0.9
-    beta_2: Decay = 0.99
-
-
-class FedAdagrad(_Adaptive):
-    """An adaptive step; ``tau`` is added to the root (Reddi et al., arXiv 2003.00295, also the next two)."""
-
-    strategy: Literal["fedadagrad"]
-
-
-class FedAdam(_Moments):
-    """``beta_1`` and ``beta_2`` are the decays of the first and the second moment."""
-
-    strategy: Literal["fedadam"]
-
-
-class FedYogi(_Moments):
-    """As FedAdam, but the second moment changes by bounded steps."""
-
-    strategy: Literal["fedyogi"]
-    learning_rate: Rate = 0.01
-
-
-Model: TypeAlias = LogisticRegression | Mlp
-Server: TypeAlias = FedAvg | FedAvgM | FedAdagrad | FedAdam | FedYogi
 
 
 class Training(_Table):
@@ -338,6 +274,11 @@ class Study(_Table):
                 raise broken("aggregation.masks", "must be pairwise: one share of the noise hides nothing")
             if self.privacy.grid_step != rules.codec.step:
                 raise broken("aggregation.codec.step", "must be privacy.grid_step with shared noise")
+
+    @property
+    def counts(self) -> bool:
+        """Whether the state is the sum itself, and nothing is trained."""
+        return self.model.kind in COUNTING
 
     @classmethod
     def from_toml(cls, text: str) -> Self:

@@ -15,7 +15,19 @@ from typing import Final
 import duckdb
 import numpy as np
 
-from common.contract import Category, Contract, Events, Feature, Image, Number, Series, Text
+from common.contract import (
+    Amount,
+    Category,
+    Contract,
+    Events,
+    Feature,
+    Image,
+    Label,
+    Number,
+    Series,
+    Text,
+    TimeToEvent,
+)
 from common.errors import UsageError
 
 MARK: Final = "synthetic"
@@ -78,7 +90,14 @@ def _columns(contract: Contract, rows: int, generator: _Generator) -> Sequence[t
             cell = _cell(feature, name)
             absent = generator.random(rows) < ABSENT
             made.append((name, [None if empty else cell(generator) for empty in absent]))
-    made.append((contract.label.name, _picked(contract.label.classes, rows, generator)))
+    label = contract.label
+    if isinstance(label, Label):
+        made.append((label.name, _picked(label.classes, rows, generator)))
+    elif isinstance(label, Amount):
+        made.append((label.name, [_number(label, generator) for _ in range(rows)]))
+    elif isinstance(label, TimeToEvent):
+        made.append((label.name, [float(f"{t:.6g}") for t in generator.uniform(0, label.ends[-1], rows)]))
+        made.append((label.event, _picked(label.codes, rows, generator)))
     window = contract.window
     if window is not None and window.column not in dict(made):
         first = date.fromisoformat(window.first)

@@ -189,7 +189,7 @@ def _study(
         DELTA,
         rounds * template["training"]["steps"],
         rounds,
-        dim=(contract.width + 1) * len(contract.label.classes),
+        dim=(contract.width + 1) * contract.label.outputs,
         members=len(sites),
     )
     path = folder / "study.toml"

@@ -55,7 +55,9 @@ class ServerStep:
         study, training = manifest.study, manifest.study.training
         # With shared noise what was summed are gradients, and the hub descends.
         public = training.sampling_rate * training.patients_public
-        self._scale = training.learning_rate / public if training.mode == "shared-noise" else 1.0
+        shared = training.mode == "shared-noise" and not study.counts
+        self._scale = training.learning_rate / public if shared else 1.0
+        self._counts = study.counts
         self._averages_from = training.rounds - training.average_last + 1
         self._rounds = training.rounds
         self._layout = layout(study.model, study.contract)
@@ -90,7 +92,9 @@ class ServerStep:
                 stop = min(at + BLOCK, tensor.size)
                 here = slice(start + at, start + stop)
                 current = old[at:stop].astype(np.float64)
-                moved = current + dequantise(total[here], step) * self._scale / cohort
+                # A sum of counts stays a sum; of updates it is the mean that counts.
+                mean_of = 1 if self._counts else cohort
+                moved = current + dequantise(total[here], step) * self._scale / mean_of
                 with np.errstate(over="ignore", invalid="ignore"):
                     block = self._averaged(self._block(current, moved, here), here).astype(np.float32)
                 # Adding +0 makes zeros positive, as they are in a stored state.

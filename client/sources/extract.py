@@ -30,7 +30,22 @@ from client.sources.table import (
     build_table,
     in_part,
 )
-from common.contract import Category, Contract, Events, Feature, Image, Label, Number, Series, Text, Values
+from common.contract import (
+    Amount,
+    AnyLabel,
+    Category,
+    Contract,
+    Events,
+    Feature,
+    Image,
+    Label,
+    NoLabel,
+    Number,
+    Series,
+    Text,
+    TimeToEvent,
+    Values,
+)
 from common.contract.cells import BLANKS, NUMBER, UNUSABLE
 from common.contract.units import factor
 from common.errors import ContractError
@@ -83,9 +98,18 @@ class Extract:
         return self.text(self.contract.patient)
 
     @property
-    def label(self) -> str:
-        """SQL for the label's place among the classes, -1 for none."""
-        return self.code(self.contract.label.name, self.contract.label.classes)
+    def usable(self) -> str:
+        """SQL for whether a row's label can be used; what it is, ``Contract.encode`` says."""
+        label = self.contract.label
+        if isinstance(label, NoLabel):
+            return "true"
+        if isinstance(label, Label):
+            return f"({self.code(label.name, label.classes)}) >= 0"
+        number = self.number(label.name, label)
+        if isinstance(label, Amount):
+            return f"coalesce(isfinite({number}), false)"
+        known = f"isfinite({number}) AND ({number}) >= 0"
+        return f"coalesce({known}, false) AND ({self.code(label.event, label.codes)}) >= 0"
 
     @property
     def inside(self) -> str:
@@ -118,7 +142,7 @@ class Extract:
             return f"CAST(try_strptime({text}, {quoted(form)}) AS DATE)"
         return f"TRY_CAST({text} AS DATE)"
 
-    def number(self, name: str, feature: Number) -> str:
+    def number(self, name: str, feature: Number | TimeToEvent) -> str:
         """SQL for a column as a DOUBLE in the contract's unit, NULL where it is no number."""
         column, kind = self._column(name)
         expression = _as_number(column, kind, self.source.decimal)
@@ -126,10 +150,11 @@ class Extract:
             raise self._wrong_type(name, kind, "numbers")
         return self._in_unit(expression, feature)
 
-    def _in_unit(self, expression: str, feature: Number) -> str:
+    def _in_unit(self, expression: str, feature: Number | TimeToEvent) -> str:
         """SQL for a number of the hospital's unit in the contract's."""
         own = self.source.mapped(feature.name).unit or feature.unit
-        change = factor(feature.analyte, own, feature.unit)
+        analyte = feature.analyte if isinstance(feature, Number) else ""
+        change = factor(analyte, own, feature.unit)
         if change is None:
             problem = f"no conversion of {feature.name!r} from {own} to {feature.unit} is known"
             remedy = (
@@ -173,7 +198,9 @@ class Extract:
                 continue
         return found
 
-    def _expression(self, name: str, feature: Feature | Label) -> str:
+    def _expression(self, name: str, feature: Feature | AnyLabel) -> str:
+        if isinstance(feature, TimeToEvent):
+            return self.number(name, feature) if name == feature.name else self.code(name, feature.codes)
         if isinstance(feature, Number):
             return self.number(name, feature)
         if isinstance(feature, Category):
@@ -362,21 +389,21 @@ def load_table(source: DataSource, contract: Contract, *, key: bytes, part: Part
     """
     with opened(source, contract) as extract:
         # One step inside the other, so that DuckDB makes each text once.
-        texts = f"SELECT {extract.row} AS r, {extract.patient_text} AS t, {extract.label} AS y FROM extract"
-        named = f"SELECT r, {_one_patient('t')} AS p, y FROM ({texts} WHERE {extract.inside})"
-        query = f"SELECT r, p, y FROM ({named}) WHERE p IS NOT NULL AND y >= 0 ORDER BY p, r"
+        texts = f"SELECT {extract.row} AS r, {extract.patient_text} AS t, {extract.usable} AS u FROM extract"
+        named = f"SELECT r, {_one_patient('t')} AS p, u FROM ({texts} WHERE {extract.inside})"
+        query = f"SELECT r, p FROM ({named}) WHERE p IS NOT NULL AND u ORDER BY p, r"
         found = extract.run(query).fetchnumpy()
         ids = np.ma.filled(found["p"], None).astype(object)
         kept = in_part(ids, contract, key=key, part=part)
         ids, rows = ids[kept], np.ma.filled(found["r"], 0).astype(np.int64)[kept]
-        y = np.ma.filled(found["y"], UNUSABLE).astype(np.int64)[kept]
         place = np.full(extract.count(), UNUSABLE, dtype=np.int64)
         place[rows] = np.arange(len(rows))
-        x = allocated(len(rows), contract.width)
+        x, y = allocated(len(rows), contract.width), np.zeros(len(rows), dtype=np.int64)
         for start, columns in extract.batches():
-            encoded, _ = contract.encode(columns)
+            encoded, labels = contract.encode(columns)
             into = place[start : start + len(encoded)]
             x[into[into != UNUSABLE]] = encoded[into != UNUSABLE]
+            y[into[into != UNUSABLE]] = labels[into != UNUSABLE]
     return build_table(ids, x, y, contract, key=key)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from common.contract.cells import UNUSABLE, Values, positions_of, text_of
-from common.contract.features import Category, Derived, Label, Number
+from common.contract.cells import UNUSABLE, Values, text_of
+from common.contract.features import Category, Derived, Number
 from common.contract.fields import (
     DIFFERENT,
     LARGEST,
@@ -31,13 +31,15 @@ from common.contract.fields import (
     broken,
     refuse,
 )  # fmt: skip
+from common.contract.labels import Amount, AnyLabel, Label, LabelField, NoLabel, TimeToEvent, labels_of
 from common.contract.sequences import Events, Image, Series, Text
 from common.errors import ContractError, UsageError
 
 __all__ = [
-    "FORMS", "LARGEST", "LISTED", "PRINTABLE", "STRICT", "UNUSABLE", "Category", "Code", "Column", "Contract",
-    "Derived", "Events", "Feature", "Finite", "Form", "Image", "Label", "Line", "Number", "PublicTable",
-    "Series", "Strict", "Text", "Values", "Window", "broken", "refuse", "text_of",
+    "FORMS", "LARGEST", "LISTED", "PRINTABLE", "STRICT", "UNUSABLE", "Amount", "AnyLabel", "Category",
+    "Code", "Column", "Contract", "Derived", "Events", "Feature", "Finite", "Form", "Image", "Label",
+    "Line", "NoLabel", "Number", "PublicTable", "Series", "Strict", "Text", "TimeToEvent", "Values",
+    "Window", "broken", "refuse", "text_of",
 ]  # fmt: skip
 
 Form: TypeAlias = Literal["columns", "omop", "fhir"]
@@ -96,7 +98,7 @@ class PublicTable(Strict):
 
 
 class Contract(Strict):
-    """What a hospital's table must hold: a patient column, features, a label.
+    """What a hospital's table must hold: a patient column, features, a label or none.
 
     ``rows_per_patient`` K: at most so many rows of one patient are used. ``holdout``: the share of patients
     whom each hospital keeps out of training, by its own secret. ``query``: one SELECT that makes the columns
@@ -107,7 +109,7 @@ class Contract(Strict):
     rows_per_patient: Annotated[int, Field(ge=1, le=1000)] = 1
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     features: Annotated[tuple[Feature, ...], LISTED, Field(min_length=1, max_length=100_000)]
-    label: Label
+    label: LabelField
     window: Annotated[Window | None, Field(exclude_if=lambda value: value is None)] = None
     query: Annotated[
         str, Field(max_length=MAX_QUERY, exclude_if=lambda value: not value), AfterValidator(_statement)
@@ -119,7 +121,7 @@ class Contract(Strict):
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         seen = {self.patient.casefold()}
-        places = [("label.name", self.label.name)]
+        places = [("label.name", name) for name in self.label.columns]
         for i, feature in enumerate(self.features):
             # The name of several columns together is a name too: a reader must not take it for another.
             own = () if feature.name in feature.columns else (feature.name,)
@@ -161,7 +163,7 @@ class Contract(Strict):
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that ``encode`` needs, the patient column not among them: features in order, label."""
-        return (*(name for feature in self.features for name in feature.columns), self.label.name)
+        return (*(name for feature in self.features for name in feature.columns), *self.label.columns)
 
     @property
     def derived(self) -> dict[str, Derived]:
@@ -190,13 +192,8 @@ class Contract(Strict):
                 found += [name for name in named or [plain] if name not in allowed]
         return found
 
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        """The features whose coordinates are tokens, which only a model with an embedding can read."""
-        return tuple(f.name for f in self.features if isinstance(f, Events | Text) and f.form == "tokens")
-
     def encode(self, columns: Mapping[str, Values]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Rows as numbers: float64 [n, width] and int64 [n] classes, -1 where unusable.
+        """Rows as numbers: float64 [n, width] and int64 [n] labels, -1 where unusable.
 
         A value is any object; float64 arrays (NaN for absent) and int64 arrays (places among the codes, -1
         for none) are taken as they are. Other columns in ``columns`` are ignored.
@@ -214,4 +211,4 @@ class Contract(Strict):
         if len({len(columns[name]) for name in self.columns}) != 1:
             raise ContractError("contract.length", "the table's columns have different lengths")
         blocks = [feature.encode(*(columns[name] for name in feature.columns)) for feature in self.features]
-        return np.concatenate(blocks, axis=1), positions_of(columns[self.label.name], self.label.classes)
+        return np.concatenate(blocks, axis=1), labels_of(self.label, columns, len(blocks[0]))

@@ -1,4 +1,4 @@
-"""The columns of one value a row: numbers, codes, the label; and how coded data (OMOP, FHIR) give a column.
+"""The columns of one value a row: numbers and codes; and how coded data (OMOP, FHIR) give a column.
 
 Source: PRIVACY.md "Everything upstream is separable by patient"; OMOP CDM 5.4; HL7 FHIR R4. Rules: ranges,
 codes and constants are public and stand in the contract; each row's numbers depend on that row alone.
@@ -92,7 +92,8 @@ class Number(Single):
 
     ``log`` takes the logarithm of value and range first. ``missing`` is what stands for an absent value, in
     raw units; without it an absent value is 0 after scaling. ``citation`` says where the range comes from;
-    ``analyte`` what is measured, so that a hospital's other unit can be converted.
+    ``analyte`` what is measured, so that a hospital's other unit can be converted. With ``present`` a second
+    coordinate is 1 where there is a value.
     """
 
     gives: ClassVar[tuple[Gives, ...]] = ("number", "numbers")
@@ -104,6 +105,7 @@ class Number(Single):
     transform: Literal["linear", "log"] = "linear"
     missing: Finite | None = None
     analyte: Annotated[Analyte, Field(exclude_if=lambda value: not value)] = ""
+    present: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
 
     @model_validator(mode="after")
     def _range_holds(self) -> Self:
@@ -126,12 +128,14 @@ class Number(Single):
 
     @property
     def width(self) -> int:
-        """Coordinates of this feature: 1."""
-        return 1
+        """Coordinates of this feature."""
+        return 2 if self.present else 1
 
     def encode(self, *values: Values) -> NDArray[np.float64]:
-        """float64 [n, 1] in [-1, 1]; unparsable and non-finite values count as absent."""
-        return self.scaled(numbers_of(values[0]))[:, np.newaxis]
+        """float64 [n, width] in [-1, 1]; unparsable and non-finite values count as absent."""
+        raw = numbers_of(values[0])
+        blocks = [self.scaled(raw), np.isfinite(raw).astype(np.float64)]
+        return np.stack(blocks[: self.width], axis=1)
 
     def scaled(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
         """Raw values of any shape, NaN for absent, in [-1, 1]."""
@@ -174,10 +178,3 @@ class Category(Single):
         known = np.flatnonzero(chosen != UNUSABLE)
         rows[known, chosen[known]] = 1.0
         return rows
-
-
-class Label(Single):
-    """The column that a model learns: its classes, in the order of the model's outputs."""
-
-    gives: ClassVar[tuple[Gives, ...]] = ("code",)
-    classes: Annotated[tuple[Code, ...], LISTED, Field(min_length=2, max_length=1000), DIFFERENT]

@@ -17,7 +17,7 @@ LARGEST: Final = 1e15
 """Bound of every float in a manifest: below 2^53, so that its RFC 8785 form reads back as itself."""
 
 # Pydantic names the branch of a union between the field that holds it and what is below.
-_BRANCH: Final = re.compile(r"(\b(?:features\.[0-9]+|privacy|model|server))\.\w+")
+_BRANCH: Final = re.compile(r"(\b(?:features\.[0-9]+|privacy|model|server|label))\.(?:\w+)(?=\.|$)")
 
 
 def broken(field: str, rule: str) -> PydanticCustomError:

@@ -47,6 +47,8 @@ class Series(Strict):
     def _channels_are_listed(self) -> Self:
         for at, channel in enumerate(self.channels):
             derived = channel.source
+            if channel.present:
+                raise broken(f"channels.{at}.present", "must be left out: a series has it for each step")
             if derived is not None and (self.wide or derived.gives != "numbers"):
                 raise broken(
                     f"channels.{at}.source", "must take a list of measurements, and wide be left out"

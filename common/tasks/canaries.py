@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.func import functional_call, grad, vmap
-from torch.nn.functional import cross_entropy
 
-from common.contract import Category, Contract
+from common.contract import Category, Contract, Events, Text
+from common.contract.sequences import FIRST_CODE
 from common.errors import UsageError
 from common.privacy.gate import Entropy, GateParams, LocalGate, SharedGate, Vector
 from common.privacy.noise import coins, discrete_gaussian
 from common.secagg.codec import dequantise, from_words, to_words
 from common.secagg.noise import with_noise
 from common.study import DifferentialPrivacy, Study
-from common.tasks.models import build
 from common.tasks.models.layout import flatten
+from common.tasks.models.modules import build, losses, native
 from common.tasks.training import Rows, contribute, train_local
 
 if TYPE_CHECKING:
@@ -107,10 +107,13 @@ def observe(study: Study, admitted: "Admitted", start: State, seed: int, entropy
     if not isinstance(params, GateParams) or not isinstance(privacy, DifferentialPrivacy):
         problem = "a study without differential privacy claims nothing that canaries could contradict"
         raise UsageError("audit.no-privacy", problem, remedy="Name a study with differential privacy.")
+    if study.counts:
+        problem = f"canaries are made for models that are trained, not for {study.model.kind}"
+        raise UsageError("audit.counts", problem, remedy="Check its ledger and its claims instead.")
     rounds = min(training.rounds, max(1, RELEASES // params.steps))
-    classes = len(study.contract.label.classes)
+    classes = study.contract.label.limit
     # No more than the rounds have independent directions, or they could not be told from each other.
-    told_apart = int(SHARE * rounds * params.dim * (classes - 1) / classes)
+    told_apart = int(SHARE * rounds * params.dim * (max(2, classes) - 1) / max(2, classes))
     affordable = int(math.sqrt(LARGEST_WORK / (rounds * params.steps * params.dim)))
     count = max(2, min(CANARIES, params.max_patients, told_apart, affordable))
     public = np.random.default_rng(seed)
@@ -191,10 +194,21 @@ def _rows(contract: Contract, count: int, public: np.random.Generator) -> Vector
     blocks = [
         np.eye(feature.width)[public.integers(0, feature.width, count)]
         if isinstance(feature, Category)
+        else _tokens(feature, count, public)
+        if isinstance(feature, Events | Text) and feature.form == "tokens"
         else public.choice([-1.0, 1.0], (count, feature.width))
         for feature in contract.features
     ]
     return np.concatenate(blocks, axis=1)
+
+
+def _tokens(feature: Events | Text, count: int, public: np.random.Generator) -> Vector:
+    terms = len(feature.vocabulary if isinstance(feature, Text) else feature.codes)
+    tokens = public.integers(1, FIRST_CODE + terms, (count, feature.length)).astype(np.float64)
+    if feature.width == feature.length:
+        return tokens
+    times = public.choice([-1.0, 1.0], tokens.shape)
+    return np.stack([tokens, times], axis=2).reshape(count, -1)
 
 
 def _parts(model: torch.Tensor, admitted: "Admitted") -> dict[str, torch.Tensor]:
@@ -204,10 +218,17 @@ def _parts(model: torch.Tensor, admitted: "Admitted") -> dict[str, torch.Tensor]
 
 def _gradients(model: Vector, study: Study, admitted: "Admitted", x: Vector, y: NDArray[np.int64]) -> Vector:
     """Each row's gradient by itself, float64 [rows, d]."""
-    module = build(study.model, study.contract)
+    module, of_row = build(study.model, study.contract), losses(study.model, study.contract)
+    own = {native(name): name for name, _ in module.named_parameters()}
 
     def loss(values: torch.Tensor, row: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(functional_call(module, _parts(values, admitted), (row[None],)), label[None])
+        parts = {own[name]: part for name, part in _parts(values, admitted).items()}
+
+        def called(inputs: torch.Tensor) -> torch.Tensor:
+            outputs: torch.Tensor = functional_call(module, parts, (inputs,))
+            return outputs
+
+        return of_row(called, row[None], label[None])[0]
 
     each = vmap(grad(loss), in_dims=(None, 0, 0))
     found: Vector = each(*map(torch.from_numpy, (model, x, y))).numpy()

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from common.errors import RefusedError
 
-Loss: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss: TypeAlias = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 Layers: TypeAlias = dict[nn.Module, dict[str, nn.Parameter]]
 
@@ -54,7 +54,7 @@ class _Captured:
     def squared_norms(self) -> torch.Tensor:
         """Squared norm of each unit's gradient, from above, float64 [units]; not finite where that is not."""
         one = float(getattr(self.layer, "bias", None) is not None)
-        linear = isinstance(self.layer, nn.Linear)
+        linear = isinstance(self.layer, nn.Linear | nn.Conv2d)
         positions, width, terms = self.b.shape[1], self.a.shape[-1], self.a.shape[-1] + 1 + self.b.shape[2]
         if linear and positions == 1:
             # By numpy: a call of it costs a third of one of torch.
@@ -92,8 +92,8 @@ class _Captured:
     def contract(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
         """The gradient, by parameter, of the rows weighted by ``weights`` [n]."""
         a, b = self.a, self.b * weights.to(self.b.dtype)[:, None, None]
-        if isinstance(self.layer, nn.Linear):
-            weight = b.flatten(0, 1).T @ a.flatten(0, 1)
+        if isinstance(self.layer, nn.Linear | nn.Conv2d):
+            weight = (b.flatten(0, 1).T @ a.flatten(0, 1)).view_as(self.layer.weight)
         elif isinstance(self.layer, nn.Embedding):
             weight = torch.zeros_like(self.layer.weight)
             weight.index_add_(0, a.flatten(), b.flatten(0, 1))
@@ -121,6 +121,8 @@ def check_supported(module: nn.Module) -> Layers:
             layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
         ):
             fault = "changes its gradients by itself", "Leave out its options."
+        elif isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+            fault = "has no clipping rule for its options", "Leave out groups and padding_mode."
         elif ids & seen or len(ids) < len(own) or not all(p.requires_grad for p in own.values()):
             fault = "shares or freezes a parameter", "Train each parameter in one layer."
         if fault:
@@ -147,7 +149,7 @@ def clipped_sum(
 ) -> NDArray[np.float64]:
     """Sum over patients of c times the gradient of their rows' losses, float64 [d], c = min(1, C / norm).
 
-    ``inputs`` [n, ...] and ``labels`` [n] go row by row through ``loss(module(inputs), labels)`` [n];
+    ``inputs`` [n, ...] and ``labels`` [n] go row by row through ``loss(module, inputs, labels)`` [n];
     ``patients`` [n] ascending, equal for exactly the rows of one patient; the order of the result is that
     of ``module.named_parameters()``. The contraction has the module's dtype, sums over pieces are float64.
 
@@ -202,7 +204,7 @@ def _captured(
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
         with torch.enable_grad():
-            value = loss(module(inputs), labels).sum()
+            value = loss(module, inputs, labels).sum()
             outputs = [output for _, _, output in calls]
             gradients: Sequence[torch.Tensor | None] = torch.autograd.grad(value, outputs, allow_unused=True)
     finally:
@@ -222,6 +224,19 @@ def _joined(parts: Sequence[Pair]) -> Iterable[torch.Tensor]:
 def _of_linear(_layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> Pair:
     n = len(given)
     return given.reshape(n, -1, given.shape[-1]), gradient.reshape(n, -1, gradient.shape[-1])
+
+
+def _of_convolution(layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> Pair:
+    # Each place of the output saw one patch of the input.
+    patches = functional.unfold(given, layer.kernel_size, layer.dilation, _padding(layer), layer.stride)
+    return patches.mT, gradient.flatten(2).mT
+
+
+def _padding(layer: Any) -> tuple[int, ...]:
+    if isinstance(layer.padding, str):
+        raise _refusal("", layer, "names its padding", "Give it as a number.")
+    padding: tuple[int, ...] = layer.padding
+    return padding
 
 
 def _of_embedding(layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> Pair:
@@ -246,6 +261,7 @@ def _of_group_norm(layer: Any, given: torch.Tensor, gradient: torch.Tensor) -> P
 
 _LAYERS: Final[dict[type[nn.Module], Callable[..., Pair]]] = {
     nn.Linear: _of_linear,
+    nn.Conv2d: _of_convolution,
     nn.Embedding: _of_embedding,
     nn.LayerNorm: _of_layer_norm,
     nn.GroupNorm: _of_group_norm,

@@ -11,6 +11,7 @@ or the progress callback.
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final, TypeAlias
@@ -22,15 +23,15 @@ from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from common.errors import FailureError, RefusedError
 from common.privacy.clipping import clip, sanitise, weight_limit
 from common.privacy.gate import LocalGate, PlainGate, Release, SharedGate, SteppingGate, Vector
 from common.study import DifferentialPrivacy, Study
-from common.tasks.clipped_sum import clipped_sum, pieces
-from common.tasks.models import build
+from common.tasks.clipped_sum import PIECE_ROWS, clipped_sum, pieces
+from common.tasks.counting import counted
 from common.tasks.models.layout import Tensor, flatten, layout, size
+from common.tasks.models.modules import Losses, build, load, losses, named
 
 Progress: TypeAlias = Callable[[int, int], None]
 # Inputs, labels and patients of the same rows.
@@ -38,6 +39,11 @@ Rows: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64
 
 # Memory for the per-row gradients of one piece of a batch. It does not change what is computed.
 PIECE_SIZE_BYTES: Final = 64 * 2**20
+# Rows of one pass where a row is many positions: activations, not gradients, take the memory there.
+ROWS_AT_ONCE: Final = {
+    "cnn": 256, "resnet18": 16, "recurrent": 256, "transformer": 128, "skip_gram": 64,
+    "sequence_to_sequence": 64,
+}  # fmt: skip
 
 
 class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
@@ -64,7 +70,7 @@ class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         clip_norm: float | None,
         gate: SteppingGate,
     ) -> None:
-        parameters = dict(module.named_parameters())
+        parameters = dict(named(module))
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         if shapes != {tensor.name: tensor.shape for tensor in tensors} or list(module.buffers()):
             raise RefusedError("training.parameters", "the module's tensors are not those of its layout")
@@ -143,7 +149,7 @@ def train_local(
     """All steps of one round of ``local`` at one hospital: the change of the model, float64 [d].
 
     ``state`` is checked (``common.tasks.state``); ``x`` [rows, width] and ``y`` [rows] come from
-    ``Contract.encode``, rows with a label outside the classes (-1: unusable) are left out; ``patient_index``
+    ``Contract.encode``, rows with a label outside its limit (-1: unusable) are left out; ``patient_index``
     [rows] is any integer that is equal for exactly the rows of one patient. ``progress(done, steps)`` is
     called after each step. With differential privacy a step is ``learning_rate / (q n_pub)`` times the
     released sum (q = 1 for full batches); without, ``learning_rate`` times the mean over the own usable rows.
@@ -169,8 +175,12 @@ def train_local(
 
     tensors = layout(study.model, study.contract)
     start = flatten(state, tensors)
-    classes = len(study.contract.label.classes)
-    rows, patient_count = _by_patient(x, y, patient_index, classes)
+    rows, patient_count = _by_patient(x, y, patient_index, study.contract.label.limit)
+    if study.counts:
+        total = counted(study, *_chosen(rows, gate.coins(patient_count)), size(tensors), clip_norm)
+        released = gate.step(total)
+        progress(1, 1)
+        return released
     public = training.sampling_rate * training.patients_public
     rate = training.learning_rate / (public if clip_norm is not None else max(1, len(rows[1])))
 
@@ -179,7 +189,7 @@ def train_local(
         module = _module(state, study)
         opacus = training.engine == "opacus"
         step = (
-            _opacus(module, tensors, gate, rate, clip_norm)
+            _opacus(module, study, tensors, gate, rate, clip_norm)
             if opacus
             else _bookkeeping(module, study, gate, rate)
         )
@@ -188,7 +198,7 @@ def train_local(
             chosen = gate.coins(patient_count)
             step(_chosen(rows, chosen))
             progress(done, training.steps)
-        end = flatten({name: p.detach().numpy() for name, p in module.named_parameters()}, tensors)
+        end = flatten({name: p.detach().numpy() for name, p in named(module).items()}, tensors)
 
     return end - start
 
@@ -209,7 +219,11 @@ def contribute(
     Guarantee: a_contribution_is_the_clipped_sum - that of a naive loop over patients, on the grid.
     Raises: RefusedError as ``train_local``.
     """
-    rows, patient_count = _by_patient(x, y, patient_index, len(study.contract.label.classes))
+    rows, patient_count = _by_patient(x, y, patient_index, study.contract.label.limit)
+    if study.counts and isinstance(study.privacy, DifferentialPrivacy):
+        dim = size(layout(study.model, study.contract))
+        mine = _chosen(rows, gate.coins(patient_count))
+        return gate.contribute(counted(study, *mine, dim, study.privacy.clip_norm))
     with torch.enable_grad():
         module = _module(state, study)
         _check_norm(module, study)
@@ -219,9 +233,7 @@ def contribute(
 
 def _module(state: Mapping[str, NDArray[np.float32]], study: Study) -> nn.Module:
     """The model at a state, in the dtype in which the study's clipped sums are computed."""
-    module = build(study.model, study.contract)
-    module.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
-    return module
+    return load(build(study.model, study.contract), state)
 
 
 def _clipped(module: nn.Module, study: Study, rows: Rows) -> Vector:
@@ -232,11 +244,11 @@ def _clipped(module: nn.Module, study: Study, rows: Rows) -> Vector:
         module = copy.deepcopy(module).to(torch.float32)
     x, y, patients = rows
     inputs = torch.tensor(x, dtype=next(module.parameters()).dtype)
-    return clipped_sum(module, inputs, torch.tensor(y), patients, _losses, privacy.clip_norm)
-
-
-def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits, labels, reduction="none")
+    loss = losses(study.model, study.contract)
+    rows_at_once = ROWS_AT_ONCE.get(study.model.kind, PIECE_ROWS)
+    return clipped_sum(
+        module, inputs, torch.tensor(y), patients, loss, privacy.clip_norm, piece_rows=rows_at_once
+    )
 
 
 def _bookkeeping(module: nn.Module, study: Study, gate: SteppingGate, rate: float) -> Callable[[Rows], None]:
@@ -255,7 +267,12 @@ def _bookkeeping(module: nn.Module, study: Study, gate: SteppingGate, rate: floa
 
 
 def _opacus(
-    module: nn.Module, tensors: Sequence[Tensor], gate: SteppingGate, rate: float, clip_norm: float | None
+    module: nn.Module,
+    study: Study,
+    tensors: Sequence[Tensor],
+    gate: SteppingGate,
+    rate: float,
+    clip_norm: float | None,
 ) -> Callable[[Rows], None]:
     """A step on the sum of Opacus' per-row gradients."""
     errors = ModuleValidator.validate(module, strict=False)
@@ -264,7 +281,7 @@ def _opacus(
     wrapped = GradSampleModule(module, batch_first=True, loss_reduction="sum", strict=True)
     optimizer = GatedOptimizer(module, tensors, learning_rate=rate, clip_norm=clip_norm, gate=gate)
     piece_rows = max(1, PIECE_SIZE_BYTES // (8 * size(tensors)))
-    return partial(_step, wrapped, optimizer, piece_rows)
+    return partial(_step, wrapped, losses(study.model, study.contract), optimizer, piece_rows)
 
 
 def _check_norm(module: nn.Module, study: Study) -> None:
@@ -283,14 +300,14 @@ def _check_norm(module: nn.Module, study: Study) -> None:
 
 
 def _by_patient(
-    x: NDArray[np.float64], y: NDArray[np.int64], patient_index: NDArray[np.int64], classes: int
+    x: NDArray[np.float64], y: NDArray[np.int64], patient_index: NDArray[np.int64], limit: int
 ) -> tuple[Rows, int]:
     """Usable rows ordered by patient, with the patients numbered from 0, and how many patients there are.
 
     A patient without a usable row is still one: coins are tossed for it, and it contributes zero.
     """
     patients, dense = np.unique(patient_index, return_inverse=True)
-    usable = np.flatnonzero((y >= 0) & (y < classes))
+    usable = np.flatnonzero((y >= 0) & (y < limit))
     order = usable[np.argsort(dense[usable], kind="stable")]
     if np.array_equal(order, np.arange(len(y))):
         # As a table has them: rows that may be larger than memory are not copied.
@@ -305,7 +322,7 @@ def _chosen(rows: Rows, chosen: NDArray[np.bool_]) -> Rows:
     return x[here], y[here], patients[here]
 
 
-def _step(wrapped: nn.Module, optimizer: GatedOptimizer, piece_rows: int, rows: Rows) -> None:
+def _step(wrapped: nn.Module, loss: Losses, optimizer: GatedOptimizer, piece_rows: int, rows: Rows) -> None:
     """One release of these rows, in pieces of about ``piece_rows`` rows, then noise and descent."""
     x, y, patients = rows
     # No rows are a step like any other: one empty piece.
@@ -314,8 +331,10 @@ def _step(wrapped: nn.Module, optimizer: GatedOptimizer, piece_rows: int, rows: 
         # Hooks on a module none of whose inputs needs a gradient make torch warn.
         inputs = torch.tensor(x[piece], dtype=torch.float64, requires_grad=True)
         optimizer.zero_grad()
-        loss = cross_entropy(wrapped(inputs), torch.tensor(y[piece]), reduction="sum")
-        loss.backward()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # Of a layer that reads tokens or the zeros before a first step: no input has a gradient there.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            loss(wrapped, inputs, torch.tensor(y[piece])).sum().backward()  # type: ignore[no-untyped-call]
         count = int(local[-1]) + 1 if len(local) else 0
         optimizer.take_patients(torch.tensor(local, dtype=torch.int64), count)
         optimizer.signal_skip_step(do_skip=piece.stop < len(patients))

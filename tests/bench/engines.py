@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -86,13 +86,13 @@ def batch(most: int) -> Batch:
     return Batch(x, y, patients, padded_x, padded_y, mask.float())
 
 
-def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits, labels, reduction="none")
+def losses(module: Any, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(module(x), labels, reduction="none")
 
 
 def of_patients(module: nn.Module, rows: Batch) -> torch.Tensor:
     """The sum of the losses of each patient's rows, on the padded rows."""
-    each = losses(module(rows.padded_x).flatten(0, -2), rows.padded_y.flatten())
+    each = losses(lambda x: module(x).flatten(0, -2), rows.padded_x, rows.padded_y.flatten())
     return (each.view(rows.mask.shape) * rows.mask).view(PATIENTS, -1).sum(1)
 
 

@@ -126,7 +126,7 @@ def test_what_is_wrong_with_rows_is_told(tmp_path: Path) -> None:
     none = report(tmp_path, [line.replace(",2020", ",2021") for line in GOOD])
     assert (none.patients, none.errors[0].rule) == (
         0,
-        "no row has a patient, a known class and a date inside the window",
+        "no row has a patient, a known label and a date inside the window",
     )
     found = report(tmp_path, [*GOOD, *GOOD[:1] * 3, ",50,100,f,0,2020-05-01", "q,50,100,f,0,2019-05-01"])
     notes = {one.rule: one.count for one in found.findings}

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from common.contract import Contract
 from common.encoding import digest
+from common.methods import Model
 from common.secagg.masks import apply_keystreams
-from common.study import Manifest, Model
-from common.tasks.models.layout import Tensor, layout
+from common.study import Manifest
+from common.tasks.models.layout import layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,18 +37,19 @@ def build(model: Model, contract: Contract) -> "nn.Module":
 def initial_state(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
     """The public state before round 1, a function of the manifest alone.
 
-    Zeros for logistic regression: its loss is convex, so that a random start would only add a seed. In an MLP
-    biases are zero and weights uniform in [-a, a]: with w the 32-bit little-endian words of the AES-256-CTR
-    keystream (zero initial block) of the key H("initial", man, tensor name), each is
-    a (2 floor(w / 2^8) + 1 - 2^24) / 2^24. a = sqrt(6 / inputs) in front of a relu or gelu, otherwise
-    sqrt(6 / (inputs + outputs)).
+    Zeros for a linear model: its loss is convex, so that a random start would only add a seed. Elsewhere
+    weights are uniform in [-a, a]: with w the 32-bit little-endian words of the AES-256-CTR keystream (zero
+    initial block) of the key H("initial", man, tensor name), each is a (2 floor(w / 2^8) + 1 - 2^24) / 2^24.
+    a, or the constant of a bias or a norm, is the ``Tensor``'s: in an MLP sqrt(6 / inputs) in front of a relu
+    or gelu, otherwise sqrt(6 / (inputs + outputs)).
 
     Guarantee: starts_are_reproducible - the same manifest gives the same bits, another manifest others.
     Guarantee: starts_are_within_their_norm - at most ``initial_norm``.
     """
     study = manifest.study
     state: dict[str, NDArray[np.float32]] = {}
-    for tensor, half_width in _half_widths(study.model, study.contract):
+    for tensor in layout(study.model, study.contract):
+        half_width = tensor.half
         words = np.zeros(tensor.size, dtype="<u4")
         if half_width:
             apply_keystreams(words, [digest("initial", manifest.digest, tensor.name.encode())])
@@ -56,22 +58,13 @@ def initial_state(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
         for at in range(0, tensor.size if half_width else 0, _BLOCK_WORDS):
             odd = 2.0 * (words[at : at + _BLOCK_WORDS] >> 8) + (1 - 2**24)
             values[at : at + _BLOCK_WORDS] = half_width * 2.0**-24 * odd
+        if tensor.constant:
+            values[:] = tensor.constant
         state[tensor.name] = values.reshape(tensor.shape)
     return state
 
 
 def initial_norm(model: Model, contract: Contract) -> float:
     """An upper bound of the L2 norm of ``initial_state``, from the shapes alone."""
-    return math.sqrt(sum(tensor.size * half**2 for tensor, half in _half_widths(model, contract)))
-
-
-def _half_widths(model: Model, contract: Contract) -> list[tuple[Tensor, float]]:
     tensors = layout(model, contract)
-    found = []
-    for tensor in tensors:
-        half = 0.0
-        if model.kind == "mlp" and len(tensor.shape) == 2:
-            rectified = model.activation != "tanh" and tensor is not tensors[-2]
-            half = math.sqrt(6 / (tensor.shape[1] if rectified else sum(tensor.shape)))
-        found.append((tensor, half))
-    return found
+    return math.sqrt(sum(tensor.size * max(tensor.half, abs(tensor.constant)) ** 2 for tensor in tensors))

@@ -7,9 +7,7 @@ depends on the model and the contract alone, never on data; a flat vector is flo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,27 +15,14 @@ import numpy.typing as npt
 from common.contract import Contract
 from common.encoding import digest, u16, u64
 from common.errors import VerificationError
-from common.study import Model
+from common.methods import Model
+from common.tasks.models.shapes import tensors_of
+from common.tasks.models.tensor import Tensor
 
 ITEM_SIZE_BYTES: Final[dict[str, int]] = {"float32": 4, "float64": 8}
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One named tensor of a model: native torch name, shape, and the dtype in which it is stored."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: Literal["float32", "float64"] = "float32"
-
-    @property
-    def size(self) -> int:
-        """Number of elements, at least 1."""
-        count = 1
-        for axis in self.shape:
-            count *= axis
-        return count
-
+__all__ = ["ITEM_SIZE_BYTES", "Layout", "Tensor", "flatten", "layout", "layout_digest", "size", "size_bytes"]
 
 Layout = tuple[Tensor, ...]
 
@@ -45,16 +30,9 @@ Layout = tuple[Tensor, ...]
 def layout(model: Model, contract: Contract) -> Layout:
     """The tensors of ``model`` for inputs of ``contract``, in the order of the flat vector.
 
-    Logistic regression is multinomial: one row of weights for each class, also for two classes, so that one
-    loss (softmax cross-entropy) serves all labels. ``weight`` [classes, width], ``bias`` [classes]. An MLP is
-    an ``nn.Sequential`` of such layers, activations between them: ``0.weight``, ``0.bias``, ``2.weight``...
+    Assumes: ``common.tasks.models.fit`` accepted them.
     """
-    widths = (contract.width, *(model.hidden if model.kind == "mlp" else ()), len(contract.label.classes))
-    tensors: list[Tensor] = []
-    for index, (inputs, outputs) in enumerate(pairwise(widths)):
-        prefix = f"{2 * index}." if model.kind == "mlp" else ""
-        tensors += [Tensor(f"{prefix}weight", (outputs, inputs)), Tensor(f"{prefix}bias", (outputs,))]
-    return tuple(tensors)
+    return tuple(tensors_of(model, contract))
 
 
 def size(tensors: Sequence[Tensor]) -> int:

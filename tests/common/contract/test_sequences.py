@@ -182,10 +182,9 @@ def test_what_does_not_fit_is_refused_at_its_place(build: Any, place: str) -> No
     assert place in places
 
 
-def test_tokens_are_named() -> None:
+def test_columns_and_coordinates_are_counted() -> None:
     bag = TOKENS.model_copy(update={"form": "bag", "name": "bag"})
     contract = Contract(patient="p", features=(TOKENS, bag, SERIES), label=LABEL)
-    assert contract.tokens == ("dx",)
     assert contract.columns == ("dx", "bag", "hr", "spo2", "y")
     assert contract.width == 3 + 2 + 12
 

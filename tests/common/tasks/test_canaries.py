@@ -114,7 +114,7 @@ def test_no_clipping_is_flagged(kind: str, tmp_path: Any, monkeypatch: pytest.Mo
     manifest = make(tmp_path, **KINDS[kind])
     real = training.clipped_sum
     monkeypatch.setattr(training, "clip", lambda vectors, _norm: sanitise(vectors))
-    monkeypatch.setattr(training, "clipped_sum", lambda *given: real(*given[:-1], 1e9))
+    monkeypatch.setattr(training, "clipped_sum", lambda *given, **more: real(*given[:-1], 1e9, **more))
     found = seen(manifest)
     assert found.sum_error > 1
     if kind in ("local", "steps", "shared"):

@@ -22,8 +22,8 @@ from common.tasks.clipped_sum import check_supported, clipped_sum
 CLASSES = 3
 
 
-def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(logits, labels, reduction="none")
+def losses(module: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(module(x), labels, reduction="none")
 
 
 class Twice(nn.Module):
@@ -101,7 +101,7 @@ def gradients(
     for patient in np.unique(patients):
         here = torch.from_numpy(patients == patient)
         module.zero_grad()
-        losses(module(x[here]), y[here]).sum().backward()
+        losses(module, x[here], y[here]).sum().backward()
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
         found.append(torch.cat([part.flatten() for part in parts]).double().numpy().copy())
     module.zero_grad()
@@ -181,7 +181,7 @@ def test_agrees_with_opacus_where_nothing_is_clipped(name: str) -> None:
     wrapped = GradSampleModule(made(name), batch_first=True, loss_reduction="sum")
     if x.is_floating_point():
         x.requires_grad_()
-    losses(wrapped(x), y).sum().backward()
+    losses(wrapped, x, y).sum().backward()
     samples = [p.grad_sample.sum(0).flatten() for p in wrapped.parameters()]  # type: ignore[attr-defined]
     assert close(found, torch.cat(samples).detach().numpy(), 1e-14)
 
@@ -287,7 +287,7 @@ def test_nothing_stays_on_the_module() -> None:
     before = torch.get_rng_state()
     first = clipped_sum(module, x, y, np.arange(6), losses, 1.0)
 
-    def broken(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def broken(_module: nn.Module, _x: torch.Tensor, _y: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):

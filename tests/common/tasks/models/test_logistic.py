@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.contract import Contract, Label, Number
-from common.study import LogisticRegression
+from common.methods import LogisticRegression
 from common.tasks.models import build, initial_state
 from common.tasks.models.layout import layout
 from common.tasks.state import check_state

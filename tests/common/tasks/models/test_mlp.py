@@ -15,7 +15,8 @@ from torch import nn
 from common.contract import Contract, Label, Number
 from common.encoding import digest
 from common.identity import key_text
-from common.study import LogisticRegression, Manifest, Mlp, Party, Study
+from common.methods import LogisticRegression, Mlp
+from common.study import Manifest, Party, Study
 from common.tasks.models import build, initial_norm, initial_state
 from common.tasks.models.layout import layout
 from common.tasks.state import check_state
