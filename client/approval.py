@@ -95,7 +95,7 @@ class Review:
             problem = f"{self.source.where} holds more patients than the study's privacy.max_patients"
             remedy = "Ask the coordinator for a study with a higher max_patients."
             raise ContractError("contract.max-patients", problem, remedy=remedy)
-        self.guard.check_budget(self.manifest, self.admitted, 1, self.manifest.study.training.rounds)
+        self.guard.check_budget(self.manifest, self.admitted, 1, self.manifest.study.rounds)
 
     def data(self) -> dict[str, Any]:
         """The review for machines."""
@@ -103,7 +103,7 @@ class Review:
             "digest": self.digest,
             "name": self.manifest.study.name,
             "members": [party.name for party in self.manifest.members],
-            "rounds": self.manifest.study.training.rounds,
+            "rounds": self.manifest.study.rounds,
             "rounds_max": self.manifest.study.aggregation.rounds_max,
             "planned_epsilon": self.planned_epsilon[0],
             "planned_epsilon_w": self.planned_epsilon[1],
@@ -129,7 +129,7 @@ class Review:
             f"training     {training.rounds} rounds of {training.steps} steps, {training.mode}",
             f"aggregation  n = {n}, t = {aggregation.colluders}, rho = {aggregation.rollbacks}, m = {m}, "
             f"n - m = {n - m}",
-            f"charges      {training.rounds} rounds as planned, at most {aggregation.rounds_max}: "
+            f"charges      {study.rounds} rounds as planned, at most {aggregation.rounds_max}: "
             "a lost round is computed and charged again",
             f"consents     {', '.join(study.consents) or 'none'} before a model leaves the hub's circle",
             f"expires      {study.expires}",
@@ -209,7 +209,7 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
         changes=tuple(changes(*earlier, manifest, roster)) if earlier else (),
         new_fingerprints=new_fingerprints,
         rounds_left=guard.rounds_left(manifest, admitted) if private else None,
-        planned_epsilon=_views(event, manifest.study.training.rounds, delta),
+        planned_epsilon=_views(event, manifest.study.rounds, delta),
         largest_epsilon=_views(event, manifest.study.aggregation.rounds_max, delta),
         caps=(guard.cap.epsilon_t, guard.cap.epsilon_w or 0.0),
         guard=guard,

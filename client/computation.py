@@ -47,6 +47,8 @@ class Computation:
         self._split_key = split_key
         # Patients to leave out of the next round.
         self.opted_out: Collection[str] = ()
+        # This hospital's place among the study's members.
+        self.member = 0
         self._turn = threading.Lock()
         # Held for moments only: which process there is, and for which round it computes.
         self._changing = threading.Lock()
@@ -99,7 +101,7 @@ class Computation:
                     process = self._loaded(cut, overrun)
                     if cut.is_set() or overrun.is_set():
                         raise FailureError("worker.cut", "the round was over before its rows were loaded")
-                    header = {"op": "compute", "opted_out": sorted(self.opted_out)}
+                    header = {"op": "compute", "opted_out": sorted(self.opted_out), "member": self.member}
                     result = self._ask(process, header, state)
                     self._proven = process
                 finally:

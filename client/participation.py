@@ -289,6 +289,8 @@ class Participation:
         split_key = self._guard.split_key(self.identity.split_secret, man)
         source = self._guard.source(manifest)
         computation = self._computation(manifest.to_bytes(), source, split_key, self._copies)
+        own = next(party.name for party in manifest.members if party.id == self.identity.id)
+        computation.member = manifest.study.members.index(own)
         ledger_keys = {party.id: roster.member(party.id).ledger_key for party in manifest.members}
         ledger_keys[HUB] = self.identity.hub_key
         digest = state.model_digest if state else b""

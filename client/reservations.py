@@ -50,7 +50,7 @@ class Reservations:
             with suppress(WardroundError, ValueError):
                 study = (found := self._studies.read(bytes.fromhex(digest))[0]).study
                 event = self._event_of(check(found, None), 1)
-                limits = study.training.rounds, study.aggregation.rounds_max
+                limits = study.rounds, study.aggregation.rounds_max
                 kept = event if event.kind == "sum" else None
                 self._plans[digest] = Plan(study.name, study.expires, *limits, kept)
         return self._plans.get(digest, NO_PLAN)

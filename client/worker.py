@@ -36,21 +36,25 @@ class Worker:
         self._manifest: Manifest | None = None
         self._admitted: Admitted | None = None
         self._table: Table | None = None
+        self._held: Table | None = None
 
     def prepare(self, header: dict[str, Any], manifest_bytes: bytes) -> None:
         """Load the training rows of the study's source. Raises ContractError naming file, column, rule."""
         manifest = Manifest.from_bytes(manifest_bytes)
         self._admitted = check(manifest, None)
-        self._table = load_table(
-            DataSource.model_validate(header["source"]),
-            manifest.study.contract,
-            key=bytes.fromhex(str(header["split_key"])),
-            part="train",
-        )
+        source = DataSource.model_validate(header["source"])
+        key = bytes.fromhex(str(header["split_key"]))
+        self._table = load_table(source, manifest.study.contract, key=key, part="train")
+        if manifest.study.evaluation is not None:
+            self._held = load_table(source, manifest.study.contract, key=key, part="holdout")
         self._manifest = manifest
 
-    def compute(self, state_bytes: bytes, opted_out: Collection[str] = ()) -> bytes:
-        """One round without the patients ``opted_out``: from the model to a Release, int64 little-endian."""
+    def compute(self, state_bytes: bytes, opted_out: Collection[str] = (), member: int = 0) -> bytes:
+        """One round without the patients ``opted_out``: from the model to a Release, int64 little-endian.
+
+        ``member`` is this hospital's place among the study's members.
+        """
+        from common.tasks.holdout import HeldOut
         from common.tasks.state import load_state
         from common.tasks.training import contribute, train_local
 
@@ -60,11 +64,15 @@ class Worker:
         state = load_state(state_bytes, admitted.layout, study.aggregation.state_norm_bound)
         table = self._table.without(opted_out) if opted_out else self._table
         rows = table.x, table.y, table.patient_index
+        held = None
+        if self._held is not None:
+            there = self._held.without(opted_out) if opted_out else self._held
+            held = HeldOut(there.x, there.y, there.patient_index, there.patients, member)
         if admitted.shared:
-            release = contribute(state, *rows, study, admitted.shared_gate(self._entropy))
+            release = contribute(state, *rows, study, admitted.shared_gate(self._entropy), held)
         else:
             gate = admitted.gate(self._entropy)
-            delta = train_local(state, *rows, study, gate, lambda _done, _steps: None)
+            delta = train_local(state, *rows, study, gate, lambda _done, _steps: None, held, member)
             release = gate.finish(delta, admitted.quantiser(self._entropy))
         return release.q.astype("<i8").tobytes()
 
@@ -79,7 +87,11 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
                 worker.prepare(header, blob)
                 write_frame(replies, {"status": "ok"})
             elif header.get("op") == "compute":
-                write_frame(replies, {"status": "ok"}, worker.compute(blob, header.get("opted_out", ())))
+                write_frame(
+                    replies,
+                    {"status": "ok"},
+                    worker.compute(blob, header.get("opted_out", ()), int(header.get("member", 0))),
+                )
             else:
                 raise FailureError("worker.op", "the supervisor asked for something the worker does not do")
         except WardroundError as error:

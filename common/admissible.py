@@ -35,7 +35,7 @@ from common.tasks import forest, statistics
 from common.tasks.models import initial_norm
 from common.tasks.models.fit import fit
 from common.tasks.models.fit import misfit as _refusal
-from common.tasks.models.layout import Layout, layout, layout_digest, size
+from common.tasks.models.layout import Layout, layout_digest, size, state_layout
 
 TASK: Final = "training"
 MAX_PATIENT_WORDS: Final = 1 << 27
@@ -136,7 +136,7 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
     _check_query(study.contract)
     fit(study.model, study.contract)
     _check_counting(study)
-    tensors = layout(study.model, study.contract)
+    tensors = state_layout(study)
     dim = size(tensors)
     if dim > MAX_WORDS:
         place = "model.hidden" if study.model.kind == "mlp" else "contract.features"
@@ -161,7 +161,7 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
         minimum=study.aggregation.minimum_hospitals,
     )
     try:
-        admitted.event(_NO_ID, study.training.rounds, 1, _NO_ID)
+        admitted.event(_NO_ID, study.rounds, 1, _NO_ID)
         shares = admitted.shares
     except UsageError as error:
         raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error

@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal, Self, TypeAlias
 from pydantic import BaseModel, Field, model_validator
 
 from common.contract import LISTED, STRICT, Column, broken
+from common.contract.fields import DIFFERENT
 
 Width: TypeAlias = Annotated[int, Field(ge=1, le=65_536)]
 Rate: TypeAlias = Annotated[float, Field(ge=1e-9, le=1e6)]
@@ -188,6 +189,19 @@ class Statistics(_Table):
         tuple[Annotated[tuple[Column, Column], LISTED], ...], LISTED, Field(max_length=200)
     ] = ()
     by: Annotated[str, Field(max_length=128)] = ""
+
+
+class Evaluation(_Table):
+    """How held-out patients count how the model does on them, in the rounds of training and ``rounds`` after.
+
+    ``bins`` of scores; ``subgroups``: category features by whose codes everything is counted too;
+    ``per_hospital``: the error of each hospital by itself, a release about each by name.
+    """
+
+    rounds: Annotated[int, Field(ge=1, le=20)] = 1
+    bins: Literal[10, 20, 50] = 20
+    subgroups: Annotated[tuple[Column, ...], LISTED, Field(max_length=8), DIFFERENT] = ()
+    per_hospital: bool = False
 
 
 Model: TypeAlias = (

@@ -15,11 +15,11 @@ from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from common.contract import LARGEST, LISTED, STRICT, Contract, Line, broken, refuse
+from common.contract import LARGEST, LISTED, STRICT, Category, Contract, Line, broken, refuse
 from common.encoding import canonical_json, digest, labelled, parse_canonical_json
 from common.errors import UsageError, VerificationError
 from common.identity import MAX_ID, check_name, key_bytes, key_text, public_key, sign, verify
-from common.methods import COUNTING, FedAvg, Model, Server
+from common.methods import COUNTING, Evaluation, FedAvg, Model, Server
 from common.secagg.params import MAX_ATTEMPTS, MAX_MEMBERS, MAX_ROUNDS, smallest_cohort
 
 MAX_MANIFEST_BYTES: Final = 1 << 20
@@ -83,7 +83,9 @@ class Training(_Table):
     ``full``. ``patients_public`` (n_pub) is the public constant by which a hospital's sums are divided; it
     need not be the hospital's size, which is never used. The last of the models is the mean of the last
     ``average_last`` iterates; left out, of the later half with shared noise, and 1 in ``local``. ``engine``
-    computes the clipped sums; left out, it is the mode's usual one.
+    computes the clipped sums; left out, it is the mode's usual one. ``proximal`` (FedProx's mu) pulls each
+    step of a hospital towards where the round began. ``weights`` are public, one for each member in the order
+    of names: the hub's mean is weighted by them; left out, all count the same.
     """
 
     mode: Literal["local", "shared-noise"]
@@ -95,6 +97,12 @@ class Training(_Table):
     patients_public: Annotated[int, Field(ge=1, le=1_000_000_000)]
     average_last: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
     engine: Literal["opacus", "bookkeeping"]
+    proximal: Annotated[float, Field(ge=0, le=1e6, exclude_if=lambda value: not value)] = 0.0
+    weights: Annotated[
+        tuple[Annotated[float, Field(ge=1e-3, le=1.0)], ...],
+        LISTED,
+        Field(max_length=MAX_MEMBERS, exclude_if=lambda value: not value),
+    ] = ()
     server: Annotated[Server, Field(discriminator="strategy")] = FedAvg(strategy="fedavg")
 
     @model_validator(mode="before")
@@ -116,6 +124,10 @@ class Training(_Table):
             raise broken("steps", "must be 1 with shared noise: a round is one clipped sum")
         if self.mode == "shared-noise" and self.engine != "bookkeeping":
             raise broken("engine", "must be bookkeeping with shared noise")
+        if self.mode == "shared-noise" and self.proximal:
+            raise broken("proximal", "must be 0 with shared noise: a round is one step")
+        if self.mode == "shared-noise" and self.weights:
+            raise broken("weights", "must be left out with shared noise: all patients count the same there")
         if self.sampling == "full" and self.sampling_rate != 1:
             raise broken("sampling_rate", "must be 1.0 for full sampling")
         if self.sampling == "poisson" and self.sampling_rate == 1:
@@ -206,6 +218,7 @@ class Study(_Table):
     """All parameters of a study. ``members``: site names; ``data``: the source's name in their policies.
 
     ``consents``: the members without whose word no model leaves the hub's circle; left out, all of them.
+    ``evaluation``, left out, is none.
     """
 
     name: Title
@@ -222,6 +235,7 @@ class Study(_Table):
     training: Training
     privacy: Annotated[DifferentialPrivacy | NoDifferentialPrivacy, Field(discriminator="kind")]
     aggregation: Aggregation
+    evaluation: Annotated[Evaluation | None, Field(exclude_if=lambda value: value is None)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -233,7 +247,7 @@ class Study(_Table):
         if not isinstance(members, list | tuple) or not all(isinstance(name, str) for name in members):
             return data
         if isinstance(aggregation, dict):
-            aggregation = _stated(aggregation, len(members), data.get("training"))
+            aggregation = _stated(aggregation, len(members), data.get("training"), data.get("evaluation"))
             data = data | {"aggregation": aggregation}
         consents = data.get("consents", members)
         if isinstance(consents, list | tuple) and all(isinstance(name, str) for name in consents):
@@ -254,10 +268,27 @@ class Study(_Table):
             raise broken("aggregation.rollbacks", f"must be less, or colluders: {n} hospitals are too few")
         if not bound <= rules.minimum_hospitals <= n:
             raise broken("aggregation.minimum_hospitals", f"must be {bound} to {n} for these members")
-        if rules.rounds_max < self.training.rounds:
-            raise broken("aggregation.rounds_max", "must be at least training.rounds")
+        if rules.rounds_max < self.rounds:
+            raise broken("aggregation.rounds_max", "must be at least training.rounds and evaluation.rounds")
+        if self.training.weights and len(self.training.weights) != n:
+            raise broken("training.weights", "must have one for each member, in the order of their names")
+        self._fit_evaluation()
         self._fit_privacy()
         return self
+
+    def _fit_evaluation(self) -> None:
+        evaluation, contract = self.evaluation, self.contract
+        if evaluation is None:
+            return
+        if self.counts:
+            raise broken("evaluation", f"must be left out: {self.model.kind} is a sum, not a trained model")
+        if not contract.holdout:
+            raise broken("evaluation", "must be left out, or contract.holdout be above 0")
+        for at, name in enumerate(evaluation.subgroups):
+            if not any(isinstance(f, Category) and f.name == name for f in contract.features):
+                raise broken(f"evaluation.subgroups.{at}", "must name a category feature of the contract")
+        if evaluation.per_hospital and not isinstance(self.privacy, DifferentialPrivacy):
+            raise broken("evaluation.per_hospital", "must be false without differential privacy")
 
     def _fit_privacy(self) -> None:
         training, rules = self.training, self.aggregation
@@ -274,6 +305,15 @@ class Study(_Table):
                 raise broken("aggregation.masks", "must be pairwise: one share of the noise hides nothing")
             if self.privacy.grid_step != rules.codec.step:
                 raise broken("aggregation.codec.step", "must be privacy.grid_step with shared noise")
+
+    def weight(self, member: int) -> float:
+        """The public weight of the member at this place."""
+        return self.training.weights[member] if self.training.weights else 1.0
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of training and of evaluation after it."""
+        return self.training.rounds + (self.evaluation.rounds if self.evaluation else 0)
 
     @property
     def counts(self) -> bool:
@@ -301,7 +341,7 @@ class Study(_Table):
             refuse("study", error)
 
 
-def _stated(aggregation: dict[str, Any], n: int, training: object) -> dict[str, Any]:
+def _stated(aggregation: dict[str, Any], n: int, training: object, evaluation: object) -> dict[str, Any]:
     t, rho, m = defaults(n)
     stated = {"colluders": t, "rollbacks": rho} | aggregation
     counts = (stated["colluders"], stated["rollbacks"])
@@ -311,6 +351,8 @@ def _stated(aggregation: dict[str, Any], n: int, training: object) -> dict[str, 
     rounds = training.get("rounds") if isinstance(training, dict) else None
     # A lost round is computed again under a new number; a few may be lost before the study must end.
     known = rounds if type(rounds) is int and rounds > 0 else 1
+    more = evaluation.get("rounds", 1) if isinstance(evaluation, dict) else 0
+    known += more if type(more) is int and more > 0 else 0
     stated.setdefault("rounds_max", min(MAX_ROUNDS, known + max(SPARE_ROUNDS, known // 10)))
     return stated
 

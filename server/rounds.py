@@ -307,7 +307,7 @@ class StudyRun:
                 self._store.lose_round(self._digest, cut.number, "the hub was stopped")
         self._keep_payloads()
         lost, consult, number = 0, bool(started), len(started)
-        while step.advances < study.training.rounds:
+        while step.advances < study.rounds:
             if number == study.aggregation.rounds_max:
                 problem = f"{number - step.advances} rounds were lost, and the study has no more"
                 raise FailureError("rounds.used-up", problem, remedy=LOST_REMEDY)
@@ -357,7 +357,10 @@ class StudyRun:
         carried.run(sites, self._model)
         sums, context = round_.finish(), round_.accumulator.ctx
         cohort = sums.cohort
-        new = step.advance(old, sums.parameters, self._params.step, len(cohort))
+        study = self._manifest.study
+        names = {party.id: study.members.index(party.name) for party in self._manifest.members}
+        weight = sum(study.weight(names[member]) for member in cohort)
+        new = step.advance(old, sums.parameters, self._params.step, weight)
         self._model = b""
         del old
         check_state(new, layout, timing.state_norm_bound)
@@ -379,7 +382,7 @@ class StudyRun:
         give_back(len(self._model))
         log.info(
             "%s: round %d of %d done in %.3f s with %d hospitals%s",
-            self._label, step.advances, self._manifest.study.training.rounds, seconds, len(cohort),
+            self._label, step.advances, self._manifest.study.rounds, seconds, len(cohort),
             "" if attempt == 1 else f", at attempt {attempt}",
         )  # fmt: skip
         # A hospital that is asked for its next round does not need the result first.

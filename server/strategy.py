@@ -20,7 +20,8 @@ from common import flower
 from common.errors import FailureError, VerificationError
 from common.secagg.codec import Integers, dequantise
 from common.study import Manifest
-from common.tasks.models.layout import Tensor, layout, size
+from common.tasks.evaluation import scale
+from common.tasks.models.layout import Tensor, layout, size, state_layout
 from common.tasks.state import State, load_state, state_bytes
 from server.memory import MemoryGrid
 
@@ -61,6 +62,11 @@ class ServerStep:
         self._averages_from = training.rounds - training.average_last + 1
         self._rounds = training.rounds
         self._layout = layout(study.model, study.contract)
+        self._evaluation = state_layout(study)[len(self._layout) :]
+        # What undoes the scale of held-out counts, and turns a share of a public number into a count.
+        self._per_count = 1.0 / (scale(study) * training.sampling_rate)
+        if training.mode == "local":
+            self._per_count *= training.patients_public
         self._make, names, slots = STRATEGIES[training.server.strategy]
         given = training.server.model_dump(exclude={"strategy"})
         self._options: dict[str, Any] = ONE_NODE | {names.get(name, name): x for name, x in given.items()}
@@ -69,19 +75,26 @@ class ServerStep:
         self._iterates = np.zeros(size(self._layout) if training.average_last > 1 else 0)
         self.advances = 0
 
-    def advance(self, state: State, total: Integers, step: float, cohort: int) -> State:
+    def advance(self, state: State, total: Integers, step: float, cohort: float) -> State:
         """The next model: the strategy's answer to ``state`` plus the mean change.
 
-        ``total`` [d] is the sum over ``cohort`` hospitals in units of ``step``. It is used up where it is
-        writable and 32 bits wide: the next model is then made in its memory.
+        ``total`` [d] is the sum over hospitals in units of ``step``, ``cohort`` how many they are, or the sum
+        of their weights. It is used up where it is writable and 32 bits wide: the next model is then made in
+        its memory. Behind the model are the counts of held-out patients: those of the last round, and in the
+        rounds after training, which leave the model as it is, their mean over these.
 
         Guarantee: blocks_are_flowers_own_step - the bits are those of one strategy that keeps float64 arrays
         of the whole model and is given each cast result.
         Raises: FailureError when the result is not finite; this step is then not to be used again.
         """
-        if total.shape != (size(self._layout),):
+        d = size(self._layout)
+        if total.shape != (d + size(self._evaluation),):
             raise FailureError("strategy.shape", "the sum does not have the length of the model")
         self.advances += 1
+        counts = self._counted(state, total[d:], step)
+        if self._evaluation and self.advances > self._rounds:
+            return {tensor.name: state[tensor.name] for tensor in self._layout} | counts
+        total = total[:d]
         reuse = total.dtype == np.int32 and total.flags.writeable and total.flags.c_contiguous
         result = total.view(np.float32) if reuse else np.empty(total.shape, np.float32)
         found: State = {}
@@ -104,7 +117,19 @@ class ServerStep:
                     raise FailureError("strategy.not-finite", problem)
             found[tensor.name] = result[start : start + tensor.size].reshape(tensor.shape)
             start += tensor.size
-        return found
+        return found | counts
+
+    def _counted(self, state: State, total: Integers, step: float) -> State:
+        """The counts of held-out patients after this round, by tensor; none without an evaluation."""
+        if not self._evaluation:
+            return {}
+        (tensor,) = self._evaluation
+        now = dequantise(total, step) * self._per_count
+        done = self.advances - self._rounds
+        if done > 1:
+            # The rounds after training are of one model, and each has its own noise.
+            now = state[tensor.name].astype(np.float64) * ((done - 1) / done) + now / done
+        return {tensor.name: now.astype(np.float32) + np.float32(0)}
 
     def to_bytes(self) -> bytes:
         """All that is remembered between advances, as safetensors: for a checkpoint beside the model."""

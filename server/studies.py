@@ -117,7 +117,7 @@ class Studies(link_pb2_grpc.StudiesServicer):
             roster=roster.data,
             roster_signature=roster.signature,
             status="queued",
-            rounds=manifest.study.training.rounds,
+            rounds=manifest.study.rounds,
             submitted=submitted,
         )
         if self._hub.store.add_study(row):

@@ -71,7 +71,7 @@ def check_canaries(
     largest = largest_shown(len(seen.scores), seen.included.size, delta)
     sums, noise = not seen.sum_error <= SUM_TOLERANCE, p_value < FALSE_ALARM
     wrong = {"epsilon": lower > upper, "sums": sums, "noise": noise}
-    planned, canaries = manifest.study.training.rounds, seen.included.size
+    planned, canaries = manifest.study.rounds, seen.included.size
     run = {"manifest": manifest.digest.hex(), "planned_rounds": planned, "canaries": canaries}
     bounds = {"delta": delta, "lower": lower, "upper": upper, "largest": largest, "noise_p_value": p_value}
     flags = [name for name, found in wrong.items() if found]

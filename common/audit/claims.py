@@ -220,7 +220,7 @@ def _reserved(hospital: Hospital, open_studies: Studies) -> list[Event | None]:
         if digest not in planned or planned[digest].kind != "sum":
             return None
         study = open_studies[digest][0].study
-        return study.training.rounds, study.aggregation.rounds_max
+        return study.rounds, study.aggregation.rounds_max
 
     found = reserved_rounds(hospital.entries, rounds)
     return [planned[digest] for digest, count in found.items() for _ in range(count)]
@@ -286,7 +286,7 @@ def _study(digest: str, hub: Hub, hospitals: Sequence[Hospital], found: Study, c
         submitted=submitted.time if submitted else "",
         ended=ended.time if ended else "",
         status=ended.status if ended else "",
-        rounds=study.training.rounds,
+        rounds=study.rounds,
         rounds_max=study.aggregation.rounds_max,
         completed=len(hub.completed.get(digest, ())) if hub.shown else None,
         planned=planned,
@@ -303,7 +303,7 @@ def _planned(
     for hospital in hospitals:
         if hospital.opened is not None:
             deltas.setdefault(hospital.opened.delta, []).append(hospital.name)
-    rounds = [event] * manifest.study.training.rounds
+    rounds = [event] * manifest.study.rounds
     twice = [costs.present_twice(event) if event else None] * len(rounds)
     plans = []
     for text, names in (deltas or {UNKNOWN_DELTA: []}).items():

@@ -94,7 +94,7 @@ def claim_sheet(
     ratios = (f"delta = {p.delta} is {p.delta_ratio:.3g} times 1 / n_pub" for p in planned)
     approved = "; ".join(approvals) or "No approval is in this evidence."
     values |= {"delta_ratio": "; ".join(ratios), "approved": approved}
-    values |= {"n_pub": study.training.patients_public, "rounds": study.training.rounds}
+    values |= {"n_pub": study.training.patients_public, "rounds": study.rounds}
     values |= {"rounds_max": rules.rounds_max, "t": rules.colluders, "masks": WORDS["masks"][rules.masks]}
     values |= {"outsiders": "" if rules.colluders else WORDS["outsiders_only"]}
     values |= {"interval": f"{PLD_INTERVAL:g}", "tail": f"{PLD_TAIL_LOG:g}"}

@@ -8,7 +8,6 @@ gates change nothing of what gates do; all other hospitals are silent.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -25,14 +24,15 @@ from common.privacy.noise import coins, discrete_gaussian
 from common.secagg.codec import dequantise, from_words, to_words
 from common.secagg.noise import with_noise
 from common.study import DifferentialPrivacy, Study
+from common.tasks.holdout import HeldOut
 from common.tasks.models.layout import flatten
 from common.tasks.models.modules import build, losses, native
+from common.tasks.state import State
 from common.tasks.training import Rows, contribute, train_local
 
 if TYPE_CHECKING:
     from common.admissible import Admitted
 
-State: TypeAlias = Mapping[str, NDArray[np.float32]]
 Seen: TypeAlias = tuple[list[NDArray[np.bool_]], list[Vector], list[Vector]]
 """Of each release: whose coins fell, what came in, what went out."""
 
@@ -168,7 +168,7 @@ def _shared_round(
     """One round of ``shared-noise``: what was seen, and how the hub moves the model; float64 [d]."""
     training, honest = study.training, _honest(admitted)
     watched = _WatchedShared(params, entropy)
-    q = contribute(state, *mine, study, watched).q
+    q = contribute(state, *mine, study, watched, _nobody(study)).q
     words = to_words(q, admitted.codec.bits, q.size, 2 ** (admitted.codec.bits - 1) - 1, "sums")
     for _ in range(honest):
         words = with_noise(words, params.variance(honest), entropy(32), entropy(32), discrete_gaussian)
@@ -184,9 +184,17 @@ def _local_round(
 ) -> tuple[Seen, Vector]:
     """One round of ``local``: what was seen of its steps, and how the hub moves the model; float64 [d]."""
     gate = _Watched(params, entropy)
-    change = train_local(state, *mine, study, gate, lambda _done, _steps: None)
+    change = train_local(state, *mine, study, gate, lambda _done, _steps: None, _nobody(study))
     release = gate.finish(change, admitted.quantiser(entropy))
     return gate.seen, dequantise(release.q, admitted.codec.step) / admitted.members
+
+
+def _nobody(study: Study) -> HeldOut | None:
+    """No held-out patients: canaries are trained on, and evaluation's coordinates are noise alone."""
+    if study.evaluation is None:
+        return None
+    none = np.zeros(0, dtype=np.int64)
+    return HeldOut(np.zeros((0, study.contract.width)), none, none, 0, 0)
 
 
 def _rows(contract: Contract, count: int, public: np.random.Generator) -> Vector:
@@ -222,7 +230,7 @@ def _gradients(model: Vector, study: Study, admitted: "Admitted", x: Vector, y: 
     own = {native(name): name for name, _ in module.named_parameters()}
 
     def loss(values: torch.Tensor, row: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        parts = {own[name]: part for name, part in _parts(values, admitted).items()}
+        parts = {own[name]: part for name, part in _parts(values, admitted).items() if name in own}
 
         def called(inputs: torch.Tensor) -> torch.Tensor:
             outputs: torch.Tensor = functional_call(module, parts, (inputs,))

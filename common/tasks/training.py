@@ -12,9 +12,9 @@ or the progress callback.
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -30,8 +30,10 @@ from common.privacy.gate import LocalGate, PlainGate, Release, SharedGate, Stepp
 from common.study import DifferentialPrivacy, Study
 from common.tasks.clipped_sum import PIECE_ROWS, clipped_sum, pieces
 from common.tasks.counting import counted
+from common.tasks.holdout import Counting, HeldOut
 from common.tasks.models.layout import Tensor, flatten, layout, size
 from common.tasks.models.modules import Losses, build, load, losses, named
+from common.tasks.state import State
 
 Progress: TypeAlias = Callable[[int, int], None]
 # Inputs, labels and patients of the same rows.
@@ -44,6 +46,13 @@ ROWS_AT_ONCE: Final = {
     "cnn": 256, "resnet18": 16, "recurrent": 256, "transformer": 128, "skip_gram": 64,
     "sequence_to_sequence": 64,
 }  # fmt: skip
+
+
+class Steps(Protocol):
+    """Something that releases a sum, as the gate does."""
+
+    def step(self, clipped_sum: Vector) -> Vector:
+        """Release one sum, float64 [d]."""
 
 
 class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
@@ -68,7 +77,7 @@ class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
         *,
         learning_rate: float,
         clip_norm: float | None,
-        gate: SteppingGate,
+        gate: Steps,
     ) -> None:
         parameters = dict(named(module))
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -137,22 +146,67 @@ class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types
             self._sum = None
 
 
+class _Beside:
+    """What surrounds the gate in a step: held-out patients' counts in the release, a pull after it.
+
+    ``pull`` is the proximal term's weight times the public divisor of sums (Li et al., arXiv 1812.06127); it
+    is a function of released values alone.
+    """
+
+    def __init__(
+        self, gate: SteppingGate, module: nn.Module, start: Vector, pull: float, counting: Counting | None
+    ) -> None:
+        self._gate, self._module, self._start, self._pull = gate, module, start, pull
+        self._counting = counting
+        self._chosen: NDArray[np.bool_] = np.zeros(0, dtype=np.bool_)
+        self.counts: Vector | None = None if counting is None else np.zeros(counting.length)
+
+    def take(self, chosen: NDArray[np.bool_]) -> None:
+        """Whose coins fell of the held-out patients, in the step to come."""
+        self._chosen = chosen
+
+    def step(self, clipped_sum: Vector) -> Vector:
+        """Release a sum; what comes back for the model."""
+        if self._counting is not None and self.counts is not None:
+            clipped_sum = np.concatenate([clipped_sum, self._counting.total(self._chosen)])
+        released = self._gate.step(clipped_sum)
+        back = released[: self._start.size]
+        if self.counts is not None:
+            self.counts = self.counts + released[self._start.size :]
+        if self._pull:
+            now = torch.cat([p.detach().flatten() for p in self._module.parameters()]).numpy()
+            back = back + self._pull * (now - self._start)
+        return back
+
+
+def _counting(state: State, study: Study, held: HeldOut | None) -> Counting | None:
+    if study.evaluation is None:
+        return None
+    if held is None:
+        raise RefusedError("training.held-out", "a study with an evaluation needs the held-out patients")
+    return Counting(study, study.evaluation, held, state)
+
+
 def train_local(
-    state: Mapping[str, NDArray[np.float32]],
+    state: State,
     x: NDArray[np.float64],
     y: NDArray[np.int64],
     patient_index: NDArray[np.int64],
     study: Study,
     gate: LocalGate | PlainGate,
     progress: Progress,
+    held: HeldOut | None = None,
+    member: int = 0,
 ) -> Vector:
     """All steps of one round of ``local`` at one hospital: the change of the model, float64 [d].
 
     ``state`` is checked (``common.tasks.state``); ``x`` [rows, width] and ``y`` [rows] come from
     ``Contract.encode``, rows with a label outside its limit (-1: unusable) are left out; ``patient_index``
     [rows] is any integer that is equal for exactly the rows of one patient. ``progress(done, steps)`` is
-    called after each step. With differential privacy a step is ``learning_rate / (q n_pub)`` times the
-    released sum (q = 1 for full batches); without, ``learning_rate`` times the mean over the own usable rows.
+    called after each step. ``held`` are the held-out patients of a study with an evaluation, whose counts
+    stand behind the model's change; ``member`` is the hospital's place. With differential privacy a step is
+    ``learning_rate / (q n_pub)`` times the released sum (q = 1 for full batches); without, ``learning_rate``
+    times the mean over the own usable rows.
 
     Guarantee: agrees_with_a_naive_patient_loop - to 1e-12, ragged, empty and huge batches included.
     Guarantee: a_nan_row_changes_only_its_patient - such a patient counts as zero.
@@ -174,7 +228,7 @@ def train_local(
         raise RefusedError("training.shapes", "rows, labels and patients do not have the study's shape")
 
     tensors = layout(study.model, study.contract)
-    start = flatten(state, tensors)
+    start = flatten({tensor.name: state[tensor.name] for tensor in tensors}, tensors)
     rows, patient_count = _by_patient(x, y, patient_index, study.contract.label.limit)
     if study.counts:
         total = counted(study, *_chosen(rows, gate.coins(patient_count)), size(tensors), clip_norm)
@@ -182,34 +236,41 @@ def train_local(
         progress(1, 1)
         return released
     public = training.sampling_rate * training.patients_public
-    rate = training.learning_rate / (public if clip_norm is not None else max(1, len(rows[1])))
+    divisor = public if clip_norm is not None else max(1, len(rows[1]))
+    rate = training.learning_rate / divisor
 
     # Gradients are needed whatever mode the caller is in: without them Opacus' hooks capture nothing.
     with torch.enable_grad():
         module = _module(state, study)
+        beside = _Beside(gate, module, start, training.proximal * divisor, _counting(state, study, held))
         opacus = training.engine == "opacus"
         step = (
-            _opacus(module, study, tensors, gate, rate, clip_norm)
+            _opacus(module, study, tensors, beside, rate, clip_norm)
             if opacus
-            else _bookkeeping(module, study, gate, rate)
+            else _bookkeeping(module, study, beside, rate)
         )
         for done in range(1, training.steps + 1):
             _check_norm(module, study)
-            chosen = gate.coins(patient_count)
-            step(_chosen(rows, chosen))
+            chosen = gate.coins(patient_count + (held.count if held else 0))
+            beside.take(chosen[patient_count:])
+            step(_chosen(rows, chosen[:patient_count]))
             progress(done, training.steps)
         end = flatten({name: p.detach().numpy() for name, p in named(module).items()}, tensors)
-
-    return end - start
+    change = (end - start) * study.weight(held.member if held else member)
+    if beside.counts is None:
+        return change
+    # As a share of a public number, so that counts fit the codec that fits a model's change.
+    return np.concatenate([change, beside.counts / (training.steps * training.patients_public)])
 
 
 def contribute(
-    state: Mapping[str, NDArray[np.float32]],
+    state: State,
     x: NDArray[np.float64],
     y: NDArray[np.int64],
     patient_index: NDArray[np.int64],
     study: Study,
     gate: SharedGate,
+    held: HeldOut | None = None,
 ) -> Release:
     """One round of ``shared-noise`` at one hospital: the clipped sum of its patients' descent directions.
 
@@ -227,11 +288,15 @@ def contribute(
     with torch.enable_grad():
         module = _module(state, study)
         _check_norm(module, study)
-        chosen = gate.coins(patient_count)
-        return gate.contribute(-_clipped(module, study, _chosen(rows, chosen)))
+        counting = _counting(state, study, held)
+        chosen = gate.coins(patient_count + (held.count if held else 0))
+        downhill = -_clipped(module, study, _chosen(rows, chosen[:patient_count]))
+        if counting is None:
+            return gate.contribute(downhill)
+        return gate.contribute(np.concatenate([downhill, counting.total(chosen[patient_count:])]))
 
 
-def _module(state: Mapping[str, NDArray[np.float32]], study: Study) -> nn.Module:
+def _module(state: State, study: Study) -> nn.Module:
     """The model at a state, in the dtype in which the study's clipped sums are computed."""
     return load(build(study.model, study.contract), state)
 
@@ -251,7 +316,7 @@ def _clipped(module: nn.Module, study: Study, rows: Rows) -> Vector:
     )
 
 
-def _bookkeeping(module: nn.Module, study: Study, gate: SteppingGate, rate: float) -> Callable[[Rows], None]:
+def _bookkeeping(module: nn.Module, study: Study, gate: Steps, rate: float) -> Callable[[Rows], None]:
     """A step on the book-keeping sum, descended by hand."""
 
     def step(rows: Rows) -> None:
@@ -270,7 +335,7 @@ def _opacus(
     module: nn.Module,
     study: Study,
     tensors: Sequence[Tensor],
-    gate: SteppingGate,
+    gate: Steps,
     rate: float,
     clip_norm: float | None,
 ) -> Callable[[Rows], None]:

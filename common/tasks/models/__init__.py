@@ -16,7 +16,7 @@ from common.encoding import digest
 from common.methods import Model
 from common.secagg.masks import apply_keystreams
 from common.study import Manifest
-from common.tasks.models.layout import layout
+from common.tasks.models.layout import layout, state_layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +48,7 @@ def initial_state(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
     """
     study = manifest.study
     state: dict[str, NDArray[np.float32]] = {}
-    for tensor in layout(study.model, study.contract):
+    for tensor in state_layout(study):
         half_width = tensor.half
         words = np.zeros(tensor.size, dtype="<u4")
         if half_width:

@@ -16,13 +16,28 @@ from common.contract import Contract
 from common.encoding import digest, u16, u64
 from common.errors import VerificationError
 from common.methods import Model
+from common.study import Study
+from common.tasks.evaluation import length
 from common.tasks.models.shapes import tensors_of
 from common.tasks.models.tensor import Tensor
 
+EVALUATION: Final = "evaluation.counts"
+"""The tensor of what held-out patients said of the model before a round's step."""
 ITEM_SIZE_BYTES: Final[dict[str, int]] = {"float32": 4, "float64": 8}
 
 
-__all__ = ["ITEM_SIZE_BYTES", "Layout", "Tensor", "flatten", "layout", "layout_digest", "size", "size_bytes"]
+__all__ = [
+    "EVALUATION",
+    "ITEM_SIZE_BYTES",
+    "Layout",
+    "Tensor",
+    "flatten",
+    "layout",
+    "layout_digest",
+    "size",
+    "size_bytes",
+    "state_layout",
+]
 
 Layout = tuple[Tensor, ...]
 
@@ -33,6 +48,15 @@ def layout(model: Model, contract: Contract) -> Layout:
     Assumes: ``common.tasks.models.fit`` accepted them.
     """
     return tuple(tensors_of(model, contract))
+
+
+def state_layout(study: Study) -> Layout:
+    """The tensors of a study's state: the model's, then the evaluation's counts where there are any."""
+    tensors = layout(study.model, study.contract)
+    if study.evaluation is None:
+        return tensors
+    cells = length(study.evaluation, study.model, study.contract, len(study.members))
+    return (*tensors, Tensor(EVALUATION, (cells,), counts=True))
 
 
 def size(tensors: Sequence[Tensor]) -> int:

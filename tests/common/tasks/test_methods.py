@@ -71,7 +71,11 @@ def naive(study: Any, state: Any, x: Any, y: Any, index: Any, clip: float | None
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(
     ("name", "engine"),
-    [(name, engine) for name in KINDS for engine in ("opacus", "bookkeeping")[: 1 if name in COUNTING else 2]],
+    [
+        (name, engine)
+        for name in KINDS
+        for engine in ("opacus", "bookkeeping")[: 1 if name in COUNTING else 2]
+    ],
 )
 def test_a_step_is_the_clipped_sum(name: str, engine: str, counts: str) -> None:
     study = study_of(name, training__engine=engine)

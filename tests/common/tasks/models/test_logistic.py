@@ -48,7 +48,7 @@ def test_it_computes_one_logit_a_class():
 
 def test_the_initial_state_is_zeros_of_the_layout():
     contract = make_contract(4, 3)
-    manifest = SimpleNamespace(study=SimpleNamespace(model=MODEL, contract=contract))
+    manifest = SimpleNamespace(study=SimpleNamespace(model=MODEL, contract=contract, evaluation=None))
     state = initial_state(manifest)
     check_state(state, layout(MODEL, contract), 0.0)  # a norm of at most 0
     assert list(state) == ["weight", "bias"]
