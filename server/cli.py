@@ -259,6 +259,29 @@ def abort(
 
 @study.command()
 @command
+def new(
+    template: Annotated[str, typer.Option(help="A template's name; see --list.")] = "",
+    list_: Annotated[bool, typer.Option("--list", help="Show the templates.")] = False,
+    member: Annotated[list[str] | None, typer.Option(help="A hospital's name; once for each.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write; it must not exist yet.")] = Path("study.toml"),
+    as_json: JsonFlag = False,
+) -> Outcome:
+    """Write a study file to start from."""
+    from server import starters
+
+    if list_ or not template:
+        said = {name: starters.summary(name) for name in starters.names()}
+        return Outcome("\n".join(f"{name:<24} {text}" for name, text in said.items()), {"templates": said})
+    text = starters.filled(template, member or ())
+    if out.exists():
+        raise UsageError("output.file", f"{out} exists already", remedy="Name a new file.")
+    _write(out, text.encode())
+    missing = "" if member else "; name its members before you submit it"
+    return Outcome(f"{out}: from template {template}{missing}", {"out": str(out), "template": template})
+
+
+@study.command()
+@command
 def export(
     digest: Digest,
     as_: CoordinatorFolder,
@@ -266,11 +289,40 @@ def export(
     round_: Annotated[int, typer.Option("--round", min=0, help="A completed round; 0 is the last.")] = 0,
     as_json: JsonFlag = False,
 ) -> Outcome:
-    """Write the model of a completed round as safetensors."""
+    """Write the model of a completed round as safetensors, beside it its manifest, results and card.
+
+    A forest is written as JSON too, and a kernel model's public directions.
+    """
+    from server.exports import documents
+
     with _desk(as_) as desk:
-        state = desk.export(desk.resolve(digest), round_)
+        full = desk.resolve(digest)
+        state, (manifest, detail) = desk.export(full, round_), desk.show(full)
+    cohort = max((len(row.cohort) for row in detail.rounds if row.step), default=len(manifest.members))
+    written = {"state": out}
+    for suffix, data in documents(manifest, state, cohort).items():
+        written[suffix] = out.with_suffix(f".{suffix}")
+        _write(written[suffix], data)
     _write(out, state)
-    return Outcome(f"{out}: {len(state)} bytes", {"out": str(out), "bytes": len(state)})
+    names = {key: str(path) for key, path in written.items()}
+    said = ", ".join(path.name for key, path in written.items() if key != "state")
+    return Outcome(
+        f"{out}: {len(state)} bytes; beside it {said}", {"out": str(out), "bytes": len(state), **names}
+    )
+
+
+@study.command()
+@command
+def results(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -> Outcome:
+    """Show what a study's last state says: evaluation or statistics, with the noise's intervals."""
+    from server.exports import shown
+
+    with _desk(as_) as desk:
+        full = desk.resolve(digest)
+        state, (manifest, detail) = desk.export(full, 0), desk.show(full)
+    cohort = max((len(row.cohort) for row in detail.rounds if row.step), default=len(manifest.members))
+    text, data = shown(manifest, state, cohort)
+    return Outcome(text, data)
 
 
 @study.command()

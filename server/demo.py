@@ -31,6 +31,8 @@ from common.contract import Contract
 from common.errors import FailureError, UsageError
 from common.privacy.filter import noise_for_filter
 from common.study import Study
+from common.tasks.models.layout import size, state_layout
+from server import demo_template, starters
 from server.demo_data import HospitalRows, Rows, accuracy, fit_logistic, split_rows
 from server.processes import Processes, free_port
 
@@ -47,6 +49,7 @@ NAMES: Final = (
     "Parkway",
 )
 DELTA: Final = 1e-6
+SHARED_W: Final = 20.0
 STEP_TIMEOUT_S: Final = 60.0
 STUDY_TIMEOUT_S: Final = 300.0
 PARALLEL: Final = 2
@@ -68,7 +71,9 @@ def demo(
         Path | None, typer.Option(help="A new folder; default: a temporary one that is named.")
     ] = None,
     hospitals: Annotated[int, typer.Option(min=3, max=8, help="How many hospitals.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, max=200, help="Rounds of training.")] = 10,
+    rounds: Annotated[
+        int, typer.Option(min=0, max=200, help="Rounds of training; 0: 10, or the template's.")
+    ] = 0,
     epsilon: Annotated[float, typer.Option(min=0.1, max=20.0, help="Each hospital's cap for epsilon.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Seeds the split of the public data, nothing else.")] = 0,
     data: Annotated[
@@ -81,6 +86,9 @@ def demo(
             "--folder", help="heart-disease: where the four files lie, or are put.", file_okay=False
         ),
     ] = None,
+    template: Annotated[
+        str, typer.Option(help="A template of 'study new --list', on made-up rows, instead of --data.")
+    ] = "",
     as_json: JsonFlag = False,
 ) -> Outcome:
     """Run a federation from nothing to a trained model and say what it cost each hospital in privacy."""
@@ -88,19 +96,29 @@ def demo(
     console = Console(stderr=True, quiet=as_json)
     console.print(f"wardround demo in [bold]{folder}[/bold]")
     started = time.monotonic()
-    if data == "heart-disease":
+    form = tomllib.loads(starters.text(template) if template else _form(data))
+    names: Sequence[str] = NAMES
+    if template:
+        contract = Contract.model_validate(form["contract"])
+        test, parts = demo_template.split(contract, form["model"]["kind"], hospitals, seed)
+    elif data == "heart-disease":
         from server import demo_heart
 
         found = demo_heart.obtain(source or folder / "data")
         console.print(f"data: {demo_heart.LICENCE}; checksums hold")
         test, parts = demo_heart.split(found, seed)
-        names: Sequence[str] = list(found)
+        names = list(found)
     else:
         test, parts = split_rows(hospitals, seed)
-        names = NAMES
     sites = [Site(names[i], folder / "sites" / f"{i + 1}", rows) for i, rows in enumerate(parts)]
     with Processes(folder / "logs") as processes:
-        return _run(processes, folder, console, data, test, sites, rounds, epsilon, started)
+        return _run(processes, folder, console, form, test, sites, rounds, epsilon, started)
+
+
+def _form(data: str) -> str:
+    """The study of a demo on real data."""
+    name = f"templates/{data.replace('-', '_')}.toml"
+    return files("server").joinpath(name).read_text(encoding="utf-8")
 
 
 def _folder(out: Path | None) -> Path:
@@ -116,18 +134,16 @@ def _run(
     processes: Processes,
     folder: Path,
     console: Console,
-    data: str,
+    form: dict[str, Any],
     test: Rows,
     sites: list[Site],
     rounds: int,
     epsilon: float,
     started: float,
 ) -> Outcome:
-    name = f"templates/{data.replace('-', '_')}.toml"
-    template = tomllib.loads(files("server").joinpath(name).read_text(encoding="utf-8"))
     with console.status("making keys, admitting hospitals"):
-        _found(processes, folder, sites, data, epsilon)
-    study, toml = _study(template, folder, sites, rounds, epsilon)
+        _found(processes, folder, sites, form, epsilon)
+    study, toml = _study(form, folder, sites, rounds, epsilon)
     with console.status("starting the hub and the agents"):
         _start(processes, folder, sites)
     submitted = processes.json("study", "submit", str(toml), "--as", str(folder / "hub" / "coordinator"))
@@ -137,7 +153,7 @@ def _run(
         ThreadPoolExecutor(max_workers=PARALLEL) as pool,
     ):
         list(pool.map(lambda site: _approve(processes, site, digest), sites))
-    history = _watch(processes, folder, console, digest, rounds)
+    history = _watch(processes, folder, console, digest, study.rounds)
     result = _result(processes, folder, sites, study, test, digest, history)
     with console.status("each hospital hands its evidence to an auditor, who verifies it"):
         result |= _audit(processes, folder, sites, result["study"])
@@ -145,9 +161,13 @@ def _run(
     return Outcome(_summary(console, result, folder), result)
 
 
-def _found(processes: Processes, folder: Path, sites: list[Site], data: str, epsilon: float) -> None:
+def _found(
+    processes: Processes, folder: Path, sites: list[Site], form: dict[str, Any], epsilon: float
+) -> None:
     """Make the hub and the hospitals and admit each; policies name the coordinator, the data and the cap."""
-    port = free_port()
+    port, data = free_port(), str(form["data"])
+    contract = Contract.model_validate(form["contract"])
+    shared = form["training"]["mode"] == "shared-noise"
     hub = processes.json("hub", "init", "--home", str(folder / "hub"), "--address", f"127.0.0.1:{port}")
 
     def make(site: Site) -> None:
@@ -155,14 +175,18 @@ def _found(processes: Processes, folder: Path, sites: list[Site], data: str, eps
         processes.json(
             "site", "init", "--home", str(site.home), "--name", site.name, "--hub", f"127.0.0.1:{port}"
         )
-        table = site.home / f"{data}.csv"
-        site.rows.write_csv(table)
+        where = demo_template.source(contract, site.rows, site.home, data)
         policy_path = site.home / "policy.toml"
         policy = tomllib.loads(policy_path.read_text(encoding="utf-8"))
-        policy["register"] |= {"epsilon_t": epsilon, "epsilon_w": epsilon, "delta": DELTA}
+        # Of a shared noise little is left if all others collude; the demo's hospitals do not.
+        policy["register"] |= {
+            "epsilon_t": epsilon, "epsilon_w": SHARED_W if shared else epsilon, "delta": DELTA
+        }  # fmt: skip
         policy["rules"]["coordinators"] = [hub["coordinator_key"]]
         columns = [name for name in site.rows.columns if name != "patient"]
-        source = {"source": f"csv:{table}", "patient": "patient", "columns": columns}
+        source = {"source": where, "patient": "patient", "columns": columns}
+        if where.startswith("dicom:"):
+            source["table"] = str(site.home / f"{data}.csv")
         policy["data"] = {data: source}
         policy_path.write_text(tomli_w.dumps(policy), encoding="utf-8")
 
@@ -179,17 +203,18 @@ def _study(
     template: dict[str, Any], folder: Path, sites: list[Site], rounds: int, epsilon: float
 ) -> tuple[Study, Path]:
     """The template with this demo's members, rounds, and the least noise whose whole study fits the cap."""
-    template["members"] = [site.name for site in sites]
-    template["training"]["rounds"] = rounds
+    template |= {"members": [site.name for site in sites], "consents": []}
+    template["aggregation"]["audit"] = "payloads"
+    template["training"]["rounds"] = rounds or template["training"]["rounds"]
     patients = sum(len(site.rows.columns["patient"]) for site in sites)
     template["training"]["patients_public"] = max(1, patients // len(sites))
-    contract = Contract.model_validate(template["contract"])
+    study = Study.from_toml(tomli_w.dumps(template))
     template["privacy"]["noise_multiplier"] = noise_for_filter(
         epsilon,
         DELTA,
-        rounds * template["training"]["steps"],
-        rounds,
-        dim=(contract.width + 1) * contract.label.outputs,
+        study.rounds * study.training.steps,
+        study.rounds,
+        dim=size(state_layout(study)),
         members=len(sites),
     )
     path = folder / "study.toml"
@@ -280,37 +305,45 @@ def _result(
     from server.desk import CoordinatorDesk
     from server.home import CoordinatorHome
 
-    x_test, y_test = study.contract.encode(test.columns)
-    with CoordinatorDesk(CoordinatorHome(folder / "hub" / "coordinator")) as desk:
-        for entry in history:
-            model = load_safetensors(desk.export(digest, entry["round"]))
-            entry["accuracy"] = accuracy(model["weight"], model["bias"], x_test, y_test)
     processes.json(
         "study", "export", digest, "--as", str(folder / "hub" / "coordinator"),
         "--out", str(folder / "model.safetensors"),
     )  # fmt: skip
     model = load_safetensors((folder / "model.safetensors").read_bytes())
-    encoded = [study.contract.encode(site.rows.columns) for site in sites]
-    local = [accuracy(*fit_logistic(x, y), x_test, y_test) for x, y in encoded]
-    pooled = fit_logistic(np.concatenate([x for x, _ in encoded]), np.concatenate([y for _, y in encoded]))
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
         budgets = list(
             pool.map(lambda site: processes.json("site", "budget", "--home", str(site.home)), sites)
         )
-    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for entry in history:
-            file.write(json.dumps(entry, sort_keys=True) + "\n")
-    return {
+    result: dict[str, Any] = {
         "out": str(folder),
         "study": digest,
-        "accuracy": accuracy(model["weight"], model["bias"], x_test, y_test),
-        "local_accuracy": dict(zip((s.name for s in sites), local, strict=True)),
-        "pooled_accuracy": accuracy(*pooled, x_test, y_test),
         "sites": [
             {"name": s.name, "epsilon": b["epsilon_t"], "cap": b["cap_t"]}
             for s, b in zip(sites, budgets, strict=True)
         ],
         "rounds": len(history),
+    }
+    if study.model.kind != "logistic_regression" or study.evaluation is not None:
+        result["test"] = demo_template.score(study, model, test)
+        result["results"] = processes.json(
+            "study", "results", digest, "--as", str(folder / "hub" / "coordinator")
+        )
+        return result
+    x_test, y_test = study.contract.encode(test.columns)
+    with CoordinatorDesk(CoordinatorHome(folder / "hub" / "coordinator")) as desk:
+        for entry in history:
+            then = load_safetensors(desk.export(digest, entry["round"]))
+            entry["accuracy"] = accuracy(then["weight"], then["bias"], x_test, y_test)
+    encoded = [study.contract.encode(site.rows.columns) for site in sites]
+    local = [accuracy(*fit_logistic(x, y), x_test, y_test) for x, y in encoded]
+    pooled = fit_logistic(np.concatenate([x for x, _ in encoded]), np.concatenate([y for _, y in encoded]))
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for entry in history:
+            file.write(json.dumps(entry, sort_keys=True) + "\n")
+    return result | {
+        "accuracy": accuracy(model["weight"], model["bias"], x_test, y_test),
+        "local_accuracy": dict(zip((s.name for s in sites), local, strict=True)),
+        "pooled_accuracy": accuracy(*pooled, x_test, y_test),
     }
 
 
@@ -344,6 +377,12 @@ def _audit(processes: Processes, folder: Path, sites: list[Site], digest: str) -
 
 
 def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
+    if "test" in result:
+        for name, value in result["test"].items():
+            console.print(f"on the public test set  {name:<24} {value:.4f}")
+        for site in result["sites"]:
+            console.print(f"{site['name']:<24} epsilon {site['epsilon']:.3f} of {site['cap']:.1f}")
+        return _files(result, folder)
     table = Table(title="Accuracy on the public test set, and what it cost in privacy")
     table.add_column("model")
     table.add_column("accuracy", justify="right")
@@ -358,8 +397,12 @@ def _summary(console: Console, result: dict[str, Any], folder: Path) -> str:
         )
     table.add_row("reference: all rows pooled, without privacy", f"{result['pooled_accuracy']:.3f}", "")
     console.print(table)
+    return _files(result, folder)
+
+
+def _files(result: dict[str, Any], folder: Path) -> str:
     return (
-        f"model    {folder / 'model.safetensors'}\nmetrics  {folder / 'metrics.jsonl'}\n"
+        f"model    {folder / 'model.safetensors'}, its card and manifest beside it\n"
         f"evidence {folder / 'evidence'}: {result['checks']} checks hold\n"
         f"payloads {folder / 'payloads.zip'}: {result['sums']} sums computed again, bit for bit\n"
         f"report   {folder / 'report.html'}\n"

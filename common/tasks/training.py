@@ -243,12 +243,12 @@ def train_local(
     with torch.enable_grad():
         module = _module(state, study)
         beside = _Beside(gate, module, start, training.proximal * divisor, _counting(state, study, held))
-        opacus = training.engine == "opacus"
-        step = (
-            _opacus(module, study, tensors, beside, rate, clip_norm)
-            if opacus
-            else _bookkeeping(module, study, beside, rate)
-        )
+        if clip_norm is None:
+            step = _by_hand(module, study, beside, rate, _whole)
+        elif training.engine == "opacus":
+            step = _opacus(module, study, tensors, beside, rate, clip_norm)
+        else:
+            step = _by_hand(module, study, beside, rate, _clipped)
         for done in range(1, training.steps + 1):
             _check_norm(module, study)
             chosen = gate.coins(patient_count + (held.count if held else 0))
@@ -316,11 +316,39 @@ def _clipped(module: nn.Module, study: Study, rows: Rows) -> Vector:
     )
 
 
-def _bookkeeping(module: nn.Module, study: Study, gate: Steps, rate: float) -> Callable[[Rows], None]:
-    """A step on the book-keeping sum, descended by hand."""
+def _whole(module: nn.Module, study: Study, rows: Rows) -> Vector:
+    """The sum of the rows' gradients without clipping; a patient whose own is not finite counts as zero."""
+    x, y, patients = rows
+    loss, total = losses(study.model, study.contract), np.zeros(sum(p.numel() for p in module.parameters()))
+    rows_at_once = ROWS_AT_ONCE.get(study.model.kind, PIECE_ROWS)
+    for piece in pieces(patients, rows_at_once):
+        value = loss(module, torch.tensor(x[piece]), torch.tensor(y[piece])).sum()
+        parts = torch.autograd.grad(value, list(module.parameters()), allow_unused=True)
+        flat = [
+            torch.zeros(p.numel(), dtype=p.dtype) if part is None else part.flatten()
+            for p, part in zip(module.parameters(), parts, strict=True)
+        ]
+        found = torch.cat(flat).numpy()
+        if np.isfinite(found).all():
+            total += found
+        elif patients[piece][0] != patients[piece][-1]:
+            # Somebody's is not: each by itself, to leave out nobody else's.
+            for own in pieces(patients[piece], 1):
+                total += _whole(module, study, (x[piece][own], y[piece][own], patients[piece][own]))
+    return total
+
+
+def _by_hand(
+    module: nn.Module,
+    study: Study,
+    gate: Steps,
+    rate: float,
+    summed: Callable[[nn.Module, Study, Rows], Vector],
+) -> Callable[[Rows], None]:
+    """A step on a sum of gradients, descended by hand."""
 
     def step(rows: Rows) -> None:
-        released = torch.from_numpy(gate.step(_clipped(module, study, rows)))
+        released = torch.from_numpy(gate.step(summed(module, study, rows)))
         start = 0
         with torch.no_grad():
             for parameter in module.parameters():
@@ -337,7 +365,7 @@ def _opacus(
     tensors: Sequence[Tensor],
     gate: Steps,
     rate: float,
-    clip_norm: float | None,
+    clip_norm: float,
 ) -> Callable[[Rows], None]:
     """A step on the sum of Opacus' per-row gradients."""
     errors = ModuleValidator.validate(module, strict=False)
