@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from client import data_cli, decisions, overrides
+from client import data_cli, decisions, model_cli, overrides
 from client.backup import Closing, check_empty, pack, read_backup
 from client.decisions import By, Reason, SiteFolder, Yes, opened, words
 from client.evidence import collect
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 app.add_typer(decisions.app)
+app.add_typer(model_cli.app)
 app.add_typer(overrides.app, name="override")
 app.add_typer(data_cli.app, name="data")
 app.command("officer")(overrides.officer)

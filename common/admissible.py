@@ -5,6 +5,7 @@ Source: PRIVACY.md "The release gate" (grid, noise, codec bounds), PROTOCOL.md "
 codec's bounds, exactly; no torch, no clock, no data; what this returns is all that a round needs to know.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,8 @@ from common.tasks.models.layout import Layout, layout_digest, size, state_layout
 
 TASK: Final = "training"
 MAX_PATIENT_WORDS: Final = 1 << 27
+NOISE_SPAN: Final = 8.0
+"""Standard deviations of noise that a clamp must leave alone."""
 _NO_ID: Final = "0" * 32
 _PRIVACY_FIELDS: Final = {
     "privacy.eta": "privacy.max_patients",
@@ -166,6 +169,7 @@ def check(manifest: Manifest, now_minute: str | None) -> Admitted:
     except UsageError as error:
         raise _refusal(_PRIVACY_FIELDS.get(error.code, "privacy"), error.problem, error.remedy) from error
     _check_codec(study, shares)
+    _check_counts_fit(admitted, study)
     return admitted
 
 
@@ -259,6 +263,19 @@ def _check_counting(study: Study) -> None:
     )
     if isinstance(privacy, DifferentialPrivacy) and privacy.clip_norm < needed_norm:
         raise _refusal("privacy.clip_norm", f"must be at least {needed_norm:.9g}, else counts would be cut")
+
+
+def _check_counts_fit(admitted: Admitted, study: Study) -> None:
+    """No count may be clamped: what every patient adds to, in ``local`` with the noise on it."""
+    params = admitted.params
+    if not study.counts or not isinstance(params, GateParams):
+        return
+    needed = float(params.max_patients * study.contract.rows_per_patient)
+    if not admitted.shared:
+        needed += NOISE_SPAN * math.sqrt(params.variance(1)) * float(params.grid_step)
+    if study.aggregation.codec.range < needed:
+        rule = f"must be at least {needed:.9g}, else counts would be clamped"
+        raise _refusal("aggregation.codec.range", rule, "Or lower privacy.max_patients.")
 
 
 def _check_codec(study: Study, shares: Sequence[int]) -> None:

@@ -97,7 +97,7 @@ def card(manifest: Manifest, admitted: Admitted, found: dict[str, Any], cohort: 
     lines += [
         "",
         "Intervals are about the value in the study's own held-out patients, at 95 %, from the known noise;",
-        "they say nothing about other patients. A model is no medical device: to use it is a decision.",
+        "they say nothing about other patients. A model is no medical device: using it is a decision.",
         "",
     ]
     return "\n".join(lines)
@@ -110,11 +110,12 @@ def _claim(manifest: Manifest, admitted: Admitted) -> str:
     events = [event] * manifest.study.rounds
     colluders = admitted.colluders
     views = (odometer(events, CARD_DELTA, view) for view in ("t", "w"))
-    t, w = (f"{value:.3f}" for value in views)
+    # Never rounded down: it is a claim.
+    t, w = (f"{math.ceil(1000 * value) / 1000:.3f}" for value in views)
     return (
-        f"By patient, delta = {CARD_DELTA:g}: epsilon at most {t} while at most {colluders} hospitals collude "
-        f"with the hub, {w} if all others do; for the rounds as planned. What each hospital really spent is "
-        "in its ledger."
+        f"By patient, delta = {CARD_DELTA:g}: epsilon at most {t} while at most {colluders} hospitals "
+        f"collude with the hub, {w} if all others do; for the rounds as planned. What each hospital "
+        "really spent is in its ledger."
     )
 
 

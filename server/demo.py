@@ -100,7 +100,8 @@ def demo(
     names: Sequence[str] = NAMES
     if template:
         contract = Contract.model_validate(form["contract"])
-        test, parts = demo_template.split(contract, form["model"]["kind"], hospitals, seed)
+        patients = int(form["training"]["patients_public"])
+        test, parts = demo_template.split(contract, form["model"]["kind"], patients, hospitals, seed)
     elif data == "heart-disease":
         from server import demo_heart
 

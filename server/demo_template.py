@@ -22,14 +22,15 @@ from common.tasks.state import State
 from server.demo_data import HospitalRows, Rows
 
 TEST_ROWS: Final = 1000
-PATIENTS: Final = 320
 SMALLEST: Final = 0.4
 
 
-def split(contract: Contract, kind: str, hospitals: int, seed: int) -> tuple[Rows, list[HospitalRows]]:
-    """The public test set, and hospitals of ``PATIENTS`` rows on average, the last much smaller."""
+def split(
+    contract: Contract, kind: str, patients: int, hospitals: int, seed: int
+) -> tuple[Rows, list[HospitalRows]]:
+    """The public test set, and hospitals of ``patients`` rows on average, the last much smaller."""
     strange = kind == "autoencoder"
-    sizes = np.linspace(2 - SMALLEST, SMALLEST, hospitals) * PATIENTS
+    sizes = np.linspace(2 - SMALLEST, SMALLEST, hospitals) * patients
     parts = [
         HospitalRows(_table(columns_of(contract, round(size), 1000 * seed + at, anomalies=strange)))
         for at, size in enumerate(sizes, 1)

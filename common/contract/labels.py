@@ -77,6 +77,12 @@ class Amount(Number):
         steps = np.floor((self.scaled(raw) + 1.0) / 2.0 * AMOUNT_STEPS + 0.5).astype(np.int64)
         return np.where(np.isnan(raw), UNUSABLE, steps)
 
+    def unscaled(self, scaled: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Scaled values of any shape in the contract's unit."""
+        low, high = self._bounds
+        values = low + (np.clip(scaled, -1.0, 1.0) + 1.0) / 2.0 * (high - low)
+        return np.exp(values) if self.transform == "log" else values
+
     def said(self, label: int) -> str:
         """A label in words: the scaled amount."""
         return f"{2 * label / AMOUNT_STEPS - 1:.4f}" if label >= 0 else "none"

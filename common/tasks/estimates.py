@@ -69,5 +69,7 @@ def _interval(value: float, drawn: Counts, limits: tuple[float, float]) -> Estim
     if not np.isfinite(value) or len(known) < DRAWS // 2:
         return Estimate(np.nan, *limits)
     half = TWO_SIDED_95 * float(known.std())
-    low, high = max(limits[0], value - half), min(limits[1], value + half)
+    # By how much noise moves the draws off the value it has moved the value off the truth.
+    value -= float(known.mean()) - value
+    low, high = (min(max(x, limits[0]), limits[1]) for x in (value - half, value + half))
     return Estimate(min(max(value, limits[0]), limits[1]), low, high)

@@ -1,8 +1,9 @@
 """How good a model is, from counts alone: histograms of scores, confusion tables, moments, exits.
 
 Source: Hanley and McNeil 1982 (AUROC as a share of pairs); Brier 1950; Naeini et al., AAAI 2015 (expected
-calibration error); Harrell et al. 1982 (C-index); definitions as scikit-learn's. Rules: numpy only; counts
-may be noisy, so that they are cut at zero; what cannot be computed is NaN; scores are in [0, 1] in equal
+calibration error); Harrell et al. 1982 (C-index); definitions as scikit-learn's. Rules: numpy only; what
+is a product of sums takes noisy counts as they are, for cutting them at zero would move it; what needs shares
+cuts them; what cannot be computed is NaN; scores are in [0, 1] in equal
 bins, so that a curve is that of scores rounded to a bin.
 """
 
@@ -18,7 +19,7 @@ THRESHOLDS: Final = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 def binary(counts: Counts) -> dict[str, float]:
     """AUROC, average precision, Brier score, calibration of scores [2, bins]: negatives, positives."""
-    negatives, positives = np.maximum(counts, 0.0)
+    negatives, positives = counts
     n, p = float(negatives.sum()), float(positives.sum())
     if n < 1 or p < 1:
         return dict.fromkeys(("auroc", "auprc", "brier", "accuracy", "ece", "slope", "prevalence"), math.nan)
@@ -27,25 +28,26 @@ def binary(counts: Counts) -> dict[str, float]:
     below = np.cumsum(negatives) - negatives
     area = float((positives * (below + negatives / 2)).sum() / (n * p))
     # From the highest score down: precision at each step, weighted by the recall it adds.
-    hits, alarms = np.cumsum(positives[::-1]), np.cumsum((positives + negatives)[::-1])
+    least = np.maximum(positives, 0.0), np.maximum(negatives, 0.0)
+    hits, alarms = np.cumsum(least[0][::-1]), np.cumsum((least[0] + least[1])[::-1])
     precision = np.divide(hits, alarms, out=np.zeros(bins), where=alarms > 0)
     squared = (negatives * middle**2 + positives * (1 - middle) ** 2).sum() / (n + p)
     high = middle > 0.5
     right = negatives[~high].sum() + positives[high].sum()
     return {
         "auroc": area,
-        "auprc": float((precision * positives[::-1]).sum() / p),
+        "auprc": float((precision * least[0][::-1]).sum() / max(1.0, least[0].sum())),
         "brier": float(squared),
         "accuracy": float(right / (n + p)),
         "ece": float(np.abs(positives - middle * (positives + negatives)).sum() / (n + p)),
-        "slope": _slope(negatives, positives, middle),
+        "slope": _slope(least[1], least[0], middle),
         "prevalence": p / (n + p),
     }
 
 
 def thresholds(counts: Counts) -> dict[str, float]:
     """Sensitivity, specificity and predictive value of calling everybody from a score on; [2, bins]."""
-    negatives, positives = np.maximum(counts, 0.0)
+    negatives, positives = counts
     found: dict[str, float] = {}
     for threshold in THRESHOLDS:
         start = round(threshold * len(positives))
@@ -100,7 +102,7 @@ def sequence(sums: Counts, names: tuple[str, str]) -> dict[str, float]:
 
 def anomaly(counts: Counts) -> dict[str, float]:
     """The mean of a bounded error u in [0, 1), and its AUROC for the last class; [classes, bins]."""
-    table = np.maximum(counts, 0.0)
+    table = counts
     bins = table.shape[1]
     middle = (np.arange(bins) + 0.5) / bins
     found = {"bounded error": _ratio(float((table * middle).sum()), float(table.sum()))}
@@ -114,7 +116,7 @@ def concordance(counts: Counts) -> dict[str, float]:
 
     A pair is comparable where one has its event in an earlier interval, or the other is censored in the same.
     """
-    table = np.maximum(counts, 0.0)
+    table = counts
     intervals = table.shape[1]
     right = pairs = 0.0
     total = table.sum(axis=2)

@@ -27,7 +27,7 @@ def predict(
     share of neighbours among the 5 likeliest, and their mean probability. Sequence to sequence: the share of
     tokens that are right, and whether all are.
     """
-    inputs = torch.from_numpy(np.asarray(x, dtype=np.float64))
+    inputs = torch.tensor(x, dtype=torch.float64)
     with torch.no_grad():
         if isinstance(model, SkipGram):
             found = _neighbours(module, inputs, model.window)

@@ -85,7 +85,7 @@ TRAINED = [name for name in KINDS if name not in COUNTING]
 def study_of(name: str, mode: str = "local", *, dp: bool = True, rows: int = 3, **changes: Any) -> Study:
     """The tiny study of a kind; ``mode`` local or shared-noise."""
     model, features, label = KINDS[name]
-    counting, shared = name in COUNTING, mode == "shared-noise"
+    counting = name in COUNTING
     exact = counting or name == "logistic"
     given: dict[str, Any] = {
         "model": model,
@@ -101,8 +101,8 @@ def study_of(name: str, mode: str = "local", *, dp: bool = True, rows: int = 3, 
     if not dp:
         given = {key: value for key, value in given.items() if not key.startswith("privacy__")}
         given["privacy"] = {"kind": "without_differential_privacy"}
-    if shared and counting:
-        given["aggregation__codec__range"] = 5000.0
+    if counting:
+        given["aggregation__codec__range"] = 20_000.0
     return Study.model_validate(small_study(["A", "B", "C"], **(given | changes)))
 
 

@@ -104,6 +104,7 @@ def test_every_kind_is_admitted(name: str, mode: str) -> None:
         ("training__learning_rate", 0.5),
         ("training__server", {"strategy": "fedadam"}),
         ("privacy__clip_norm", 2.0),
+        ("aggregation__codec__range", 2000.0),
     ],
 )
 def test_counts_are_one_uncut_sum(field: str, value: Any) -> None:
