@@ -26,7 +26,7 @@ from common.ledger.store import Ledger
 from common.privacy.events import Event
 from common.privacy.filter import odometer
 from common.roster import Roster
-from common.study import DifferentialPrivacy, Manifest
+from common.study import DifferentialPrivacy, Manifest, Study
 
 WHO: Final = ("while at most t collude", "if all other hospitals do")
 
@@ -127,6 +127,7 @@ class Review:
             f"columns      {len(study.contract.columns)}, patient column {study.contract.patient!r}",
             f"model        {study.model.kind}, {self.admitted.dim} numbers",
             f"training     {training.rounds} rounds of {training.steps} steps, {training.mode}",
+            f"evaluation   {_evaluated(study)}",
             f"aggregation  n = {n}, t = {aggregation.colluders}, rho = {aggregation.rollbacks}, m = {m}, "
             f"n - m = {n - m}",
             f"charges      {study.rounds} rounds as planned, at most {aggregation.rounds_max}: "
@@ -216,6 +217,16 @@ def review(site: SiteHome, guard: Guard, digest: str) -> Review:
         split_key=guard.split_key(read_secret(site.split_secret), manifest.digest),
         copies=site.copies,
     )
+
+
+def _evaluated(study: Study) -> str:
+    """What held-out patients are counted for, and whether a hospital's own error becomes known by name."""
+    rules = study.evaluation
+    if rules is None:
+        return "none"
+    groups = f", by {', '.join(rules.subgroups)}" if rules.subgroups else ""
+    by_name = "; the error of EACH HOSPITAL BY NAME is released" if rules.per_hospital else ""
+    return f"{study.contract.holdout:g} of the patients are held out and counted{groups}{by_name}"
 
 
 def _views(event: Event, rounds: int, delta: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
-LIMIT = 18_500
+LIMIT = 21_500
 SILENT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
 }

@@ -102,6 +102,7 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     for name in OTHERS:
         newcomer.processes.start(name, "site", "run", "--home", name.lower())
     (folder / "study.toml").write_text(tomli_w.dumps(small_study(["St. Mary", *OTHERS])))
+    assert "from template diagnosis" in newcomer.run("study new")
     assert "500 synthetic rows" in newcomer.run("study synth")
     found = re.search(r"digest\s+([0-9a-f]{64})", newcomer.run("study submit"))
     assert found is not None
@@ -136,7 +137,9 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
         )
     assert "done" in newcomer.run("study watch")
     assert "round 3 of 3" in newcomer.run("study show")
+    assert "no evaluation" in newcomer.run("study results")
     newcomer.run("study export")
+    assert "said.csv: 20 rows" in newcomer.run("site predict")
     assert (folder / "model.safetensors").stat().st_size > 0
     newcomer.run("site consent")
     assert "3 charges" in newcomer.run("site budget")
@@ -157,17 +160,17 @@ def test_every_command_of_the_readme_runs(newcomer: Newcomer) -> None:
     assert "code check on public data" in newcomer.run("audit canaries")
     assert newcomer.left == []
 
-    (block,) = blocks("python")
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", block],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        cwd=folder,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "charge" in result.stdout
+    for block, printed in zip(blocks("python"), ("tensor(", "charge"), strict=True):
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", block],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=folder,
+        )
+        assert result.returncode == 0, result.stderr
+        assert printed in result.stdout
 
 
 def test_the_policy_of_the_readme_is_one_in_each_of_its_forms() -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tests.bench.result import Result
 
-ALL = ("link", "demo", "ledger", "secagg", "privacy", "data")
+ALL = ("link", "demo", "ledger", "secagg", "privacy", "data", "methods")
 
 
 def main(names: list[str]) -> int:

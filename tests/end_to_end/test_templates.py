@@ -19,21 +19,36 @@ COMMAND = [sys.executable, "-P", "-m", "wardround"]
 
 
 def said(*arguments: str) -> dict[str, Any]:
-    result = subprocess.run([*COMMAND, *arguments, "--json"], capture_output=True, text=True, timeout=280, check=False)
+    result = subprocess.run(
+        [*COMMAND, *arguments, "--json"], capture_output=True, text=True, timeout=280, check=False
+    )
     assert result.returncode == 0, result.stderr
     data: dict[str, Any] = json.loads(result.stdout)["data"]
     return data
 
 
 def failed(*arguments: str) -> tuple[int, str]:
-    result = subprocess.run([*COMMAND, *arguments, "--json"], capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(
+        [*COMMAND, *arguments, "--json"], capture_output=True, text=True, timeout=100, check=False
+    )
     return result.returncode, json.loads(result.stdout)["code"]
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("template") / "demo"
-    given = ["--template", "diagnosis", "--rounds", "12", "--hospitals", "3", "--epsilon", "6", "--out", str(out)]
+    given = [
+        "--template",
+        "diagnosis",
+        "--rounds",
+        "12",
+        "--hospitals",
+        "3",
+        "--epsilon",
+        "6",
+        "--out",
+        str(out),
+    ]
     return out, said("demo", *given)
 
 
@@ -81,7 +96,17 @@ def test_a_hospital_applies_the_model(done: tuple[Path, dict[str, Any]], tmp_pat
 def test_a_hospital_sees_what_it_gains(done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, data = done
     plot, model = tmp_path / "plot.svg", str(out / "model.safetensors")
-    told = said("site", "benefit", data["study"][:12], "--home", str(out / "sites" / "2"), "--model", model, "--out", str(plot))
+    told = said(
+        "site",
+        "benefit",
+        data["study"][:12],
+        "--home",
+        str(out / "sites" / "2"),
+        "--model",
+        model,
+        "--out",
+        str(plot),
+    )
     assert set(told["models"]) == {"local only", "global", "fine-tuned"}
     assert told["models"]["fine-tuned"]["everybody"]["auroc"] > 0.7
     assert plot.read_text().startswith("<svg")

@@ -226,3 +226,26 @@ def test_intervals_hold_the_held_out_value() -> None:
         drift.append(found["auroc"].value - truth["auroc"])
     assert 0.88 <= float(np.mean(held)) <= 1.0
     assert abs(float(np.mean(drift))) < 0.01
+
+
+@pytest.mark.parametrize("name", ["logistic", "lstm", "cox", "translator"])
+def test_any_patient_moves_the_release_by_at_most_the_clip(name: str) -> None:
+    """Trained on or held out: without one patient the integers that leave differ by the grid's sensitivity."""
+    study = evaluated(name, "shared-noise")
+    admitted, state = check(manifest_of(study), None), state_of(study)
+    x, y = encoded(study.contract, 8)
+    index, held = np.repeat(np.arange(4), 2), held_of(study)
+
+    def released(kept: Any, still: Any) -> Any:
+        place = np.unique(held.patients[still], return_inverse=True)[1]
+        own = HeldOut(held.x[still], held.y[still], place, len(np.unique(held.patients[still])), 1)
+        gate = admitted.shared_gate(np.random.default_rng(0).bytes)
+        return contribute(state, x[kept], y[kept], index[kept], study, gate, own).q
+
+    everybody = released(index >= 0, held.patients >= 0)
+    limit = admitted.params.delta_g  # type: ignore[union-attr]
+    for patient in range(4):
+        assert np.linalg.norm(everybody - released(index != patient, held.patients >= 0)) <= limit
+    for patient in range(6):
+        moved = np.linalg.norm(everybody - released(index >= 0, held.patients != patient))
+        assert 0 < moved <= limit
