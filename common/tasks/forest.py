@@ -131,16 +131,18 @@ def read_out(planted: Planted, counts: Counts, noise_sd: float) -> Forest:
     Counts are taken relative to their class, so that a rare class is not outvoted: scores are those of
     classes equally common. To each a = max(1, 2 variance of the noise / mean count of a cell) is added before
     the logarithm, so that what noise could have made says little. A tree counts by how far its classes differ
-    over its leaves beyond what noise makes them differ, drawn towards the mean of all trees.
+    over its leaves beyond what noise makes them differ, drawn three to one towards the mean of all trees.
     """
     _, leaves, classes = counts.shape
     # Every tree counts the same patients: the mean over trees is far surer than one of them.
     sizes = np.maximum(counts.sum(axis=1).mean(axis=0), 1.0)
+    # So what its leaves have too much together is noise, and is shared out among them.
+    counts = counts + (sizes - counts.sum(axis=1))[:, None, :] / leaves
     extra = max(1.0, 2.0 * noise_sd**2 / (sizes.mean() / leaves))
     level = counts / sizes * sizes.mean()
     logs = np.log(np.maximum(level, -0.9 * extra) + extra)
     shares = counts / sizes
     spread = np.square(shares - shares.mean(axis=2, keepdims=True)).sum(axis=(1, 2))
-    strength = spread - leaves * np.square(noise_sd / sizes).sum() * (classes - 1) / classes
-    weights = np.maximum(strength, 0.0) + max(float(strength.mean()), 1e-12)
+    strength = spread - (leaves - 1) * np.square(noise_sd / sizes).sum() * (classes - 1) / classes
+    weights = np.maximum(strength, 0.0) + 3.0 * max(float(strength.mean()), 1e-12)
     return Forest(planted, logs - logs.mean(axis=2, keepdims=True), weights / weights.sum())
