@@ -9,13 +9,14 @@ import io
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from client.isolation import cut_off, refuse_sockets_and_processes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
 
     from client.sources.source import DataSource
     from common.study import Manifest
@@ -118,12 +119,14 @@ def _predicted(manifest: "Manifest", state: "State", x: "NDArray[np.float64]") -
 
 
 def _columns(manifest: "Manifest") -> list[str]:
+    from common.methods import Autoencoder
+
     study = manifest.study
     label = study.contract.label
     if study.model.kind == "sequence_to_sequence":
         return ["said"]
-    if study.model.kind == "autoencoder":
-        return ["error"]
+    if isinstance(study.model, Autoencoder):
+        return ["error", *(f"code {at}" for at in range(study.model.code))]
     if label.kind == "classes":
         return [f"probability of {name}" for name in label.classes]
     if label.kind == "time_to_event":
@@ -138,9 +141,10 @@ def _said(manifest: "Manifest", state: "State", x: "NDArray[np.float64]") -> lis
 
     from common.admissible import check
     from common.contract import Amount
-    from common.methods import RandomForest, SequenceToSequence
+    from common.methods import Autoencoder, RandomForest, SequenceToSequence
     from common.results import noise_sd
     from common.tasks import forest
+    from common.tasks.models.layout import layout
     from common.tasks.models.modules import build, load
     from common.tasks.models.sequences import Translator
 
@@ -152,7 +156,8 @@ def _said(manifest: "Manifest", state: "State", x: "NDArray[np.float64]") -> lis
         found = forest.read_out(forest.plant(model, contract), counts, sd).scores(x)
         return [[round(float(value), 6) for value in row] for row in found]
     if isinstance(model, SequenceToSequence):
-        module = load(build(model, contract), state)
+        tensors = {t.name: state[t.name] for t in layout(model, contract)}
+        module = load(build(model, contract), tensors)
         if not isinstance(module, Translator):
             raise TypeError("a model of sequences is a translator")
         target = next(f for f in contract.features if f.name == model.target)
@@ -161,6 +166,11 @@ def _said(manifest: "Manifest", state: "State", x: "NDArray[np.float64]") -> lis
             tokens = module.greedy(torch.tensor(x))
         return [[" ".join(terms[int(token)] for token in row if int(token))] for row in tokens]
     said = _predicted(manifest, state, x)
+    if isinstance(model, Autoencoder):
+        tensors = {t.name: state[t.name] for t in layout(model, contract)}
+        encoder = cast("nn.Sequential", load(build(model, contract), tensors).encoder)
+        with torch.no_grad():
+            said = np.concatenate([said, encoder(torch.tensor(x)).numpy()], axis=1)
     if isinstance(contract.label, Amount):
         said = contract.label.unscaled(said)
     return [[round(float(value), 6) for value in row] for row in said]

@@ -12,8 +12,10 @@ from typing import Any, Final
 import numpy as np
 
 from common.admissible import Admitted
+from common.contract import Text
+from common.contract.sequences import FIRST_CODE
 from common.encoding import digest
-from common.methods import RandomForest, Statistics
+from common.methods import RandomForest, SkipGram, Statistics
 from common.privacy.filter import odometer
 from common.privacy.gate import GateParams
 from common.study import Manifest
@@ -23,6 +25,8 @@ from common.tasks.models.layout import EVALUATION
 from common.tasks.state import State
 
 CARD_DELTA: Final = 1e-6
+NEAREST: Final = 5
+BLOCK: Final = 1024
 _NO_ID: Final = "0" * 32
 
 
@@ -49,11 +53,28 @@ def results(manifest: Manifest, admitted: Admitted, state: State, cohort: int) -
     if isinstance(model, Statistics):
         read = statistics.read_out(model, contract, state["counts"].astype(np.float64), sd)
         return {"kind": "statistics", "noise_sd": sd, **_plain(read)}
+    terms = {"nearest": nearest(manifest, state)} if isinstance(model, SkipGram) else {}
     if isinstance(model, RandomForest) or study.evaluation is None:
-        return {}
+        return terms
     counts = state[EVALUATION].astype(np.float64)
     read = evaluation.read_out(study.evaluation, model, contract, study.members, counts, sd)
-    return {"kind": "evaluation", "noise_sd": sd, "groups": _plain(read)}
+    return {"kind": "evaluation", "noise_sd": sd, "groups": _plain(read), **terms}
+
+
+def nearest(manifest: Manifest, state: State) -> dict[str, list[str]]:
+    """Of each term of a skip-gram's vocabulary the ``NEAREST`` others whose embeddings point most its way."""
+    (feature,) = manifest.study.contract.features
+    terms = feature.vocabulary if isinstance(feature, Text) else getattr(feature, "codes", ())
+    vectors = state["embedding.weight"][FIRST_CODE:].astype(np.float64)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    found = {}
+    for start in range(0, len(terms), BLOCK):
+        alike = vectors[start : start + BLOCK] @ vectors.T
+        for at, row in enumerate(alike):
+            row[start + at] = -np.inf
+            best = np.argsort(-row, kind="stable")[:NEAREST]
+            found[terms[start + at]] = [terms[place] for place in best]
+    return found
 
 
 def forest_json(manifest: Manifest, admitted: Admitted, state: State, cohort: int) -> str:
@@ -94,6 +115,8 @@ def card(manifest: Manifest, admitted: Admitted, found: dict[str, Any], cohort: 
         hidden = ("bin ", "interval ")
         shown = {name: value for name, value in values.items() if not name.startswith(hidden)}
         lines.append(f"- {group}: " + "; ".join(f"{name} {_said(value)}" for name, value in shown.items()))
+    for term, others in list(found.get("nearest", {}).items())[:20]:
+        lines.append(f"- near {term}: {', '.join(others)}")
     lines += [
         "",
         "Intervals are about the value in the study's own held-out patients, at 95 %, from the known noise;",

@@ -105,3 +105,15 @@ def test_a_forest_is_read_out_with_its_noise() -> None:
     planted = forest.plant(manifest.study.model, manifest.study.contract)  # type: ignore[arg-type]
     expected = forest.read_out(planted, state["leaves"].astype(float), noise_sd(manifest, admitted, 3))
     assert np.array(read["log_levels"]) == pytest.approx(expected.logs)
+
+
+def test_the_nearest_terms_point_the_same_way() -> None:
+    manifest, admitted, state = run(study_of("skip_gram"), 8, 7)
+    vectors = state["embedding.weight"][2:].astype(float)
+    found = results(manifest, admitted, state, 3)["nearest"]
+    terms = ("pain", "fever", "cough")
+    for at, term in enumerate(terms):
+        alike = vectors @ vectors[at] / np.linalg.norm(vectors, axis=1)
+        others = sorted((place for place in range(3) if place != at), key=lambda place: -alike[place])
+        assert found[term][:2] == [terms[place] for place in others]
+    assert "near pain" in card(manifest, admitted, {"nearest": found}, 3)
