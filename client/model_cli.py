@@ -9,6 +9,7 @@ next one will hold.
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -51,7 +52,7 @@ def predict(
     out: Annotated[Path, typer.Option("--out", help="The CSV file to write.", dir_okay=False)],
     as_json: JsonFlag = False,
 ) -> Outcome:
-    """Apply a study's model to rows of this hospital; the label is not needed."""
+    """Apply a study's model to rows of this hospital, in the contract's columns; no label is needed."""
     site = SiteHome(home)
     manifest = _manifest(site, study)
     if manifest.study.model.kind in ("statistics", "skip_gram"):
@@ -62,7 +63,9 @@ def predict(
         raise UsageError("predict.in", f"{rows.name} has no suffix known here", remedy=remedy)
     policy = load_policy(site)
     own = policy.source(manifest.study.data)
-    source = own.model_copy(update={"source": f"{_KINDS[rows.suffix]}:{rows.resolve()}", "table": ""})
+    where = {"source": f"{_KINDS[rows.suffix]}:{rows.resolve()}", "table": "", "tables": {}}
+    # Of images the file is the index, below the policy's own folder.
+    source = own.model_copy(update={"table": str(rows.resolve())} if own.kind == "dicom" else where)
     _, found = _asked({"op": "predict"}, source, manifest, _state(model))
     write_durable(out, found, 0o600)
     count = found.count(b"\n") - 1
@@ -149,12 +152,17 @@ def _asked(
         env=passed_environment(),
         cwd="/",
     )
+    overrun = threading.Timer(TIMEOUT_S, process.kill)
+    overrun.start()
     try:
         if process.stdin is None or process.stdout is None:
             raise FailureError("scorer.pipe", "the scorer has no pipe")
         write_frame(process.stdin, whole, data + state)
         frame = read_frame(process.stdout)
+    except OSError:
+        frame = None
     finally:
+        overrun.cancel()
         process.kill()
         process.wait(TIMEOUT_S)
         for stream in (process.stdin, process.stdout):

@@ -33,7 +33,9 @@ def predict(source: "DataSource", manifest: "Manifest", state: "State") -> bytes
     from common.contract import NoLabel
 
     contract = manifest.study.contract
-    plain = contract.model_copy(update={"label": NoLabel(kind="none"), "window": None})
+    plain = contract.model_copy(
+        update={"label": NoLabel(kind="none"), "window": None, "query": "", "tables": ()}
+    )
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     with opened(source, plain) as extract:

@@ -298,7 +298,8 @@ def export(
     with _desk(as_) as desk:
         full = desk.resolve(digest)
         state, (manifest, detail) = desk.export(full, round_), desk.show(full)
-    cohort = max((len(row.cohort) for row in detail.rounds if row.step), default=len(manifest.members))
+    done = [len(row.cohort) for row in detail.rounds if row.step]
+    cohort = done[-1] if done else len(manifest.members)
     written = {"state": out}
     for suffix, data in documents(manifest, state, cohort).items():
         written[suffix] = out.with_suffix(f".{suffix}")
@@ -320,7 +321,8 @@ def results(digest: Digest, as_: CoordinatorFolder, as_json: JsonFlag = False) -
     with _desk(as_) as desk:
         full = desk.resolve(digest)
         state, (manifest, detail) = desk.export(full, 0), desk.show(full)
-    cohort = max((len(row.cohort) for row in detail.rounds if row.step), default=len(manifest.members))
+    done = [len(row.cohort) for row in detail.rounds if row.step]
+    cohort = done[-1] if done else len(manifest.members)
     text, data = shown(manifest, state, cohort)
     return Outcome(text, data)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import chdtrc
 
 from common.contract import Category, Contract, Number
 from common.methods import Statistics
@@ -297,6 +296,9 @@ def kaplan_meier(exits: Counts) -> dict[str, float]:
 
 def _log_rank(exits: Counts) -> dict[str, float]:
     """Mantel's statistic, its degrees of freedom and p-value over groups; ``exits`` [groups, 2 intervals]."""
+    # Imported here: whoever only sizes a study need not wait for it.
+    from scipy.special import chdtrc
+
     pairs = np.maximum(exits, 0.0).reshape(len(exits), -1, 2)
     at_risk = np.cumsum(pairs.sum(axis=2)[:, ::-1], axis=1)[:, ::-1]
     events = pairs[:, :, 1]
