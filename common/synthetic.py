@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import duckdb
 import numpy as np
@@ -55,7 +55,7 @@ STEEPNESS: Final = 3.0
 
 _Generator: TypeAlias = np.random.Generator
 _Cells: TypeAlias = Sequence[object]
-_Signal: TypeAlias = NDArray[np.float64]
+_Signal: TypeAlias = NDArray[np.floating[Any]]
 
 
 def columns_of(contract: Contract, rows: int, seed: int, *, anomalies: bool = False) -> dict[str, _Cells]:

@@ -53,6 +53,7 @@ class Steps(Protocol):
 
     def step(self, clipped_sum: Vector) -> Vector:
         """Release one sum, float64 [d]."""
+        ...
 
 
 class GatedOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus has no types

@@ -45,7 +45,12 @@ SEEDS: Final = (0, 1, 2)
 TEST: Final = 3000
 ADAM_STEPS: Final = 150
 # Without clipping a squared error bounds the step; elsewhere the template's serves.
-PLAIN_RATES: Final = {"bed-demand": 0.3, "laboratory-anomalies": 0.1, "codes-from-notes": 1.0}
+PLAIN_RATES: Final = {
+    "bed-demand": 0.3,
+    "image-classification": 0.3,
+    "laboratory-anomalies": 0.1,
+    "codes-from-notes": 1.0,
+}
 SHARES: Final = (0.4, 0.3, 0.2, 0.1)
 Rows = tuple[NDArray[np.float64], NDArray[np.int64]]
 

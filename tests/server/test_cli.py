@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 from typer.testing import CliRunner, Result
@@ -15,6 +16,9 @@ from common.audit.trust import Trust
 from common.enrolment import Admission
 from common.identity import fingerprint
 from common.secagg.codec import Layout
+from common.study import Manifest, Study
+from common.tasks.models.layout import layout
+from common.tasks.state import state_bytes
 from server.cli import hub, study
 from server.payloads import Payloads
 from server.store import Store
@@ -193,9 +197,14 @@ def test_study_watch_and_export_of_a_done_study(running: RunningHub, toml: Path,
     out = toml.with_name("model.safetensors")
     failed(study, 3, "study.no-model", "export", digest, "--as", as_, "--out", out)
     store = running.hub.store
-    for number in (1, 2):
-        state = f"model {number}".encode()
-        complete(store, digest, state)
+    rules = Study.from_toml(toml.read_text())
+    tensors = layout(rules.model, rules.contract)
+    models = [
+        state_bytes({t.name: np.full(t.shape, number, np.float32) for t in tensors}, tensors)
+        for number in (1, 2)
+    ]
+    for model in models:
+        complete(store, digest, model)
     store.set_status(digest, "done")
 
     lines = call(study, "watch", digest, "--as", as_, "--json")
@@ -205,13 +214,14 @@ def test_study_watch_and_export_of_a_done_study(running: RunningHub, toml: Path,
     assert events[-1]["cohort"] == [1, 3]
     assert call(study, "watch", digest, "--as", as_).exit_code == 0
 
-    assert envelope(call(study, "export", digest, "--as", as_, "--out", out, "--json")) == {
-        "out": str(out),
-        "bytes": 7,
-    }
-    assert out.read_bytes() == b"model 2"
+    found = envelope(call(study, "export", digest, "--as", as_, "--out", out, "--json"))
+    assert (found["out"], found["bytes"]) == (str(out), len(models[1]))
+    assert out.read_bytes() == models[1]
+    assert Manifest.from_bytes(Path(found["manifest.json"]).read_bytes()).digest.hex() == digest
+    assert "nothing is known" in Path(found["card.md"]).read_text()
+    assert "no evaluation" in call(study, "results", digest, "--as", as_).stdout
     assert call(study, "export", digest, "--as", as_, "--out", out, "--round", 1).exit_code == 0
-    assert out.read_bytes() == b"model 1"
+    assert out.read_bytes() == models[0]
     failed(study, 3, "study.no-model", "export", digest, "--as", as_, "--out", out, "--round", 9)
     failed(study, 2, "output.file", "export", digest, "--as", as_, "--out", toml / "x" / "y")
 
