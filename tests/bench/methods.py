@@ -287,7 +287,8 @@ def _breast(whole: dict[str, Any], kind: str, epsilon: float, seed: int) -> Stud
     """The demo's study with one noise, t = 0, at that epsilon by the PLD."""
     trees = kind == "random_forest"
     depth = 3 if epsilon >= 1 else 2
-    rounds = 1 if trees else 20
+    # The less there is to spend, the fewer the rounds that it is spent on.
+    rounds = 1 if trees else 20 if epsilon >= 1 else 10
     clip = 14.2 if trees else 0.5
     step = clip * 1e-4 / (2 if trees else 1)
     model = {"kind": kind, "trees": 200, "depth": depth, "seed": seed} if trees else {"kind": kind}
@@ -298,6 +299,7 @@ def _breast(whole: dict[str, Any], kind: str, epsilon: float, seed: int) -> Stud
             "training": {
                 "mode": "shared-noise", "rounds": rounds, "steps": 1,
                 "learning_rate": 1.0 if trees else BREAST_RATE, "patients_public": 114,
+                "server": {"strategy": "fedavg"} if trees else BREAST_SERVER,
             },
             "privacy": whole["privacy"] | {
                 "clip_norm": clip, "grid_step": step, "max_patients": 1000,
@@ -310,4 +312,5 @@ def _breast(whole: dict[str, Any], kind: str, epsilon: float, seed: int) -> Stud
     )  # fmt: skip
 
 
-BREAST_RATE: Final = 8.0
+BREAST_RATE: Final = 4.0
+BREAST_SERVER: Final = {"strategy": "fedavgm", "learning_rate": 1.0, "momentum": 0.8}
