@@ -33,9 +33,9 @@ from common.secagg.codec import fits, quantise
 from common.secagg.params import MAX_WORDS
 from common.study import Codec, DifferentialPrivacy, Manifest, Study
 from common.tasks import forest, statistics
+from common.tasks.fit import fit
+from common.tasks.fit import misfit as _refusal
 from common.tasks.models import initial_norm
-from common.tasks.models.fit import fit
-from common.tasks.models.fit import misfit as _refusal
 from common.tasks.models.layout import Layout, layout_digest, size, state_layout
 
 TASK: Final = "training"

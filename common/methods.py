@@ -1,7 +1,7 @@
 """What a study computes: the kinds of model, their sizes, and the optimisers at the hub.
 
 Source: the paper or textbook of each; DESIGN.md "Privacy" (everything is one bounded vector a hospital).
-Rules: shape and ranges only, whether a model can read the contract is ``common.tasks.models.fit``'s; every
+Rules: shape and ranges only, whether a model can read the contract is ``common.tasks.fit``'s; every
 size, seed, bin and vocabulary is public and stands here or in the contract; nothing is taken from data.
 """
 

@@ -22,7 +22,7 @@ from common.methods import Evaluation, Model
 from common.study import DifferentialPrivacy, Study
 from common.tasks import metrics
 from common.tasks.estimates import Counts, Estimate, estimates
-from common.tasks.models.fit import places
+from common.tasks.fit import places
 
 RISK_BINS: Final = 8
 _SHARES: Final = {

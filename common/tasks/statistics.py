@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from common.contract import Category, Contract, Number
 from common.methods import Statistics
 from common.tasks.estimates import Counts, Estimate, estimates
-from common.tasks.models.fit import places
+from common.tasks.fit import places
 
 QUANTILES = (0.25, 0.5, 0.75)
 _NONE = "none"

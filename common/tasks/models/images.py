@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from common.contract import Contract, Image
 from common.methods import Cnn, ResNet18
-from common.tasks.models.fit import Reads, reads
+from common.tasks.fit import Reads, reads
 
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 

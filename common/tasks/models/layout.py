@@ -45,7 +45,7 @@ Layout = tuple[Tensor, ...]
 def layout(model: Model, contract: Contract) -> Layout:
     """The tensors of ``model`` for inputs of ``contract``, in the order of the flat vector.
 
-    Assumes: ``common.tasks.models.fit`` accepted them.
+    Assumes: ``common.tasks.fit`` accepted them.
     """
     return tuple(tensors_of(model, contract))
 

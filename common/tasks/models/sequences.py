@@ -15,7 +15,7 @@ from torch.nn import functional
 from common.contract import Contract, Series
 from common.contract.sequences import PADDING
 from common.methods import Recurrent, SequenceToSequence, SkipGram, Transformer
-from common.tasks.models.fit import reads
+from common.tasks.fit import reads
 from common.tasks.models.images import split
 from common.tasks.models.shapes import GATES, target_places, vocabulary
 

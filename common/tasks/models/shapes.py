@@ -30,7 +30,7 @@ from common.methods import (
     Transformer,
 )
 from common.tasks import forest, statistics
-from common.tasks.models.fit import places, reads
+from common.tasks.fit import places, reads
 from common.tasks.models.tensor import Tensor
 
 GATES: Final = {"rnn": 1, "gru": 3, "lstm": 4}

@@ -6,7 +6,7 @@ import pytest
 
 from common.admissible import check
 from common.errors import UsageError
-from common.tasks.models.fit import fit, places, reads
+from common.tasks.fit import fit, places, reads
 from tests.common.tasks.kinds import (
     AMOUNT,
     CLASSES,
